@@ -1,0 +1,58 @@
+# make mount | test | build | lint | bench | test-clients | umount | clean
+# Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
+# SHELL: pipefail, so that a failing command in a pipe stops the target.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MNT ?= /cascade
+VENV := .venv
+PY := $(VENV)/bin/python
+APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv
+SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
+
+.PHONY: mount umount build test lint bench test-clients system clean
+
+mount: build
+	@$(VENV)/bin/cascadefs mount $(MNT)
+	@echo "next: cp any file to $(MNT); look with '$(VENV)/bin/cascadefs status $(MNT)'; end with 'make umount MNT=$(MNT)'"
+
+umount: build
+	@$(VENV)/bin/cascadefs umount $(MNT)
+
+build: $(VENV)/.built
+
+# The list of missing packages is asked of dpkg each time: it costs 20 ms and is always true.
+system:
+	@missing=""; for p in $(APT_PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q "ok installed" || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" != 0 ]; then echo "missing system packages:$$missing - run: sudo apt-get install -y$$missing" >&2; exit 1; fi; \
+	  echo "installing$$missing"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get install -y --no-install-recommends $$missing >/dev/null 2>&1 || { apt-get update -q >/dev/null && apt-get install -y --no-install-recommends $$missing >/dev/null; }; \
+	fi
+
+$(VENV)/.python: | system
+	@echo "making $(VENV)"
+	@/usr/bin/env python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cascadefs needs Python 3.11 or newer")'
+	@/usr/bin/env python3 -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.built: $(SOURCES) $(VENV)/.python | system
+	@echo "building cascadefs and its kernels"
+	@$(PY) -m pip install -q --disable-pip-version-check "setuptools>=66" wheel "Cython>=3.0.11" "numpy>=1.26"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	@$(PY) -m pip install -q --disable-pip-version-check "$$($(PY) -c 'import tomllib; print(chr(10).join(tomllib.load(open("pyproject.toml","rb"))["project"]["optional-dependencies"]["dev"]))' > $(VENV)/dev.txt && echo -r)" $(VENV)/dev.txt
+	@touch $@
+
+test: $(VENV)/.dev
+	$(PY) -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy -p cascadefs
+	$(PY) setup.py -q build_ext --build-temp build/lint --build-lib build/lint --force
+
+clean:
+	rm -rf $(VENV) .venv-clients build *.egg-info cython_ext/*.c cython_ext/*.so
