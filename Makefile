@@ -6,7 +6,7 @@ SHELL := /bin/bash
 MNT ?= /cascade
 VENV := .venv
 PY := $(VENV)/bin/python
-APT_PACKAGES := fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv
+APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
 .PHONY: mount umount build test lint bench test-clients system clean
@@ -43,7 +43,7 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.python | system
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.built
-	@$(PY) -m pip install -q --disable-pip-version-check "$$($(PY) -c 'import tomllib; print(chr(10).join(tomllib.load(open("pyproject.toml","rb"))["project"]["optional-dependencies"]["dev"]))' > $(VENV)/dev.txt && echo -r)" $(VENV)/dev.txt
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
 test: $(VENV)/.dev
@@ -51,7 +51,9 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy -p cascadefs
+	@rm -rf build/types && mkdir -p build/types/cascadefs && ln -s $(CURDIR)/cascadefs/* build/types/cascadefs/
+	@ln -s $(CURDIR)/mount build/types/cascadefs/mount && ln -s $(CURDIR)/cython_ext build/types/cascadefs/ext
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml -p cascadefs
 	$(PY) setup.py -q build_ext --build-temp build/lint --build-lib build/lint --force
 
 clean:

@@ -19,6 +19,7 @@ setup(
                 [str(kernel)],
                 extra_compile_args=["-O3", "-pthread"],
                 extra_link_args=["-pthread"],
+                libraries=["xxhash"] if kernel.stem == "hashing" else [],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), ("_GNU_SOURCE", "1")],
             )
             for kernel in KERNELS

@@ -1,0 +1,131 @@
+"""Every setting and limit, with unit and reason, and where its value came from.
+
+Owns: names, defaults, parsing and bounds. Precedence: flag > environment CASCADEFS_* > TOML file > default.
+Does not know what a setting does. Invariant: a Settings object only exists with values inside their bounds.
+"""
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import humanfriendly
+
+from cascadefs.errors import ConfigError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+NAME_MAX = 255  # what ext4, tmpfs and Lustre allow; clients read it from statfs
+FILE_BYTES_MAX = (1 << 63) - 1 - 4096  # loff_t less one page: what tmpfs allows
+SYMLINK_MAX = 4095  # PATH_MAX less the terminating zero
+XATTR_VALUE_MAX = 64 * KIB  # XATTR_SIZE_MAX of the kernel
+
+
+def _size(text: str) -> int:
+    try:
+        return int(humanfriendly.parse_size(text, binary=True))
+    except humanfriendly.InvalidSize:
+        raise ValueError("write a size such as 512MiB or 4GiB") from None
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+        raise ValueError("write true or false")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _sync(text: str) -> str:
+    if text not in ("fsync", "close"):
+        raise ValueError("write fsync (durable at fsync) or close (durable at close, too)")
+    return text
+
+
+def default_store() -> Path:
+    """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
+    scratch = os.environ.get("SCRATCH")
+    return Path(scratch) / "cascadefs" if scratch else Path.home() / ".local/share/cascadefs"
+
+
+def quarter_of_ram() -> int:
+    """Default memory tier: leaves the application three quarters."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _setting(parse: Callable[[str], Any], default: Any, low: int | None = None, high: int | None = None, **text: str) -> Any:
+    how = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**how, metadata={"parse": parse, "low": low, "high": high, **text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings. Sizes are bytes, times seconds."""
+
+    store: Path = _setting(Path, default_store, help="folder of the cold tier and the index")
+    shm_size: int = _setting(_size, quarter_of_ram, 16 * MIB, 64 * TIB, help="capacity of the memory tier")
+    shm_dir: Path = _setting(Path, Path("/dev/shm"), help="where the memory tier's folder is made")
+    sync: str = _setting(_sync, "fsync", help="fsync: durable at fsync; close: durable at close, too")
+    passthrough: bool = _setting(_truth, True, help="let the kernel move the bytes where it can")
+    extent_size: int = _setting(_size, GIB, 8 * MIB, 64 * GIB, help="an extent is sealed when it reaches this size")
+    promote_limit: int = _setting(
+        _size, 256 * MIB, 0, TIB, help="a cold file up to this size is brought to memory before open() answers"
+    )
+    # 50 ms: sealing follows a burst of writes instead of competing with it for the same memory bandwidth.
+    seal_delay: float = _setting(float, 0.05, 0, 60, help="seconds between the last close and hashing")
+    batch_size: int = _setting(_size, 128 * MIB, 4 * MIB, GIB, help="bytes packed into extents per index commit")
+    log: str = _setting(str, "info", help="debug, info, warning or error")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings, and for each name one of: flag, environment, file, default."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read the configuration {path}: {e.strerror}; give another file with --config") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}; correct it or give another file") from e
+
+
+def _parsed(name: str, value: Any, source: str) -> Any:
+    """`value` as the type of setting `name`, inside its bounds."""
+    meta = next(f.metadata for f in fields(Settings) if f.name == name)
+    try:
+        result = meta["parse"](str(value))
+    except ValueError as e:
+        raise ConfigError(f"{name} = {value!r} ({source}) is not understood: {e}") from e
+    low, high = meta["low"], meta["high"]
+    if (low is not None and result < low) or (high is not None and result > high):
+        unit = humanfriendly.format_size if meta["parse"] is _size else lambda n, binary: f"{n:g}"
+        raise ConfigError(
+            f"{name} = {value} ({source}) is out of bounds: from {unit(low, binary=True)} to {unit(high, binary=True)}"
+        )
+    return result
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> Configuration:
+    """Merge the four sources; `flags` with value None are not given. Raises ConfigError with one line."""
+    names = [f.name for f in fields(Settings)]
+    from_file = _read_file(file) if file else {}
+    for key in from_file:
+        if key not in names:
+            raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(names)}")
+    reserved = {"CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER"}
+    for key in environ:
+        if key.startswith("CASCADEFS_") and key not in reserved and key[10:].lower() not in names:
+            raise ConfigError(f"unknown setting {key} in the environment; known: {', '.join(names)}")
+    values, origins = {}, {}
+    for name in names:
+        variable = "CASCADEFS_" + name.upper()
+        sources = (("flag", flags.get(name)), ("environment", environ.get(variable)), ("file", from_file.get(name)))
+        origins[name], given = next(((o, v) for o, v in sources if v is not None), ("default", None))
+        if given is not None:
+            values[name] = _parsed(name, given, origins[name])
+    return Configuration(Settings(**values), origins)

@@ -1,0 +1,32 @@
+"""Every exception that cascadefs raises on purpose.
+
+Owns: the exception types. A UserError carries one line that says what, why and what to do; the command line prints it and
+exits 1. Errors of a file operation are plain OSError with an errno: the mount hands the errno on.
+"""
+
+import errno
+import os
+
+
+class UserError(Exception):
+    """The user can put it right; str() is one line."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, impossible or unreadable."""
+
+
+class StoreError(UserError):
+    """The store cannot be opened: missing, in use, or of another format."""
+
+
+class CorruptRecord(OSError):
+    """Bytes read back are not the bytes written. An OSError with EIO, so that the caller of read() gets EIO."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EIO, what)
+
+
+def os_error(code: int, what: object = "") -> OSError:
+    """An OSError of the right subclass with the usual text."""
+    return OSError(code, os.strerror(code), os.fsdecode(what) if isinstance(what, bytes) else str(what))

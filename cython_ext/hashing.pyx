@@ -1,0 +1,97 @@
+# Fingerprints and comparisons of byte ranges of open files.
+#
+# Owns: reading a range of a descriptor into a caller's buffer, XXH3-128 keyed with the store's secret, byte comparison.
+# Knows nothing of objects, tiers or names. The GIL is released for all of it. Invariants:
+# (1) Equal bytes and equal secret give equal fingerprints on every machine (XXH3's canonical big-endian form).
+# (2) A range past the end of the file is an error (EIO), never zeros: the file shrank under the caller.
+# Files are read with pread, not mapped: a mapping of a file that shrinks kills the process with SIGBUS.
+
+from libc.errno cimport EINTR, EIO, errno
+from libc.stdint cimport int64_t, uint8_t
+from libc.string cimport memcmp
+
+from os import strerror
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buf, size_t count, int64_t offset)
+
+cdef extern from "<xxhash.h>" nogil:
+    ctypedef struct XXH128_hash_t:
+        pass
+    ctypedef struct XXH128_canonical_t:
+        uint8_t digest[16]
+    XXH128_hash_t XXH3_128bits_withSecret(const void *data, size_t size, const void *secret, size_t secret_size)
+    void XXH128_canonicalFromHash(XXH128_canonical_t *out, XXH128_hash_t hash)
+
+SECRET_BYTES = 192  # XXH3_SECRET_DEFAULT_SIZE; the minimum is 136
+
+
+cdef int read_fully(int fd, uint8_t *out, size_t count, int64_t offset) noexcept nogil:
+    """0 when all `count` bytes were read, else an errno."""
+    cdef ssize_t got
+    while count:
+        got = pread(fd, out, count, offset)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if got == 0:
+            return EIO
+        out += got
+        offset += got
+        count -= <size_t>got
+    return 0
+
+
+cdef int check(int code) except -1:
+    if code:
+        raise OSError(code, strerror(code))
+    return 0
+
+
+def read_into(int fd, int64_t offset, uint8_t[::1] out):
+    """Fill `out` from `fd` at byte `offset`. Raises OSError; EIO when the file ends before."""
+    cdef int code = 0
+    cdef size_t count = <size_t>out.shape[0]
+    with nogil:
+        if count:
+            code = read_fully(fd, &out[0], count, offset)
+    check(code)
+
+
+def fingerprint(const uint8_t[::1] data, const uint8_t[::1] secret):
+    """16 bytes: XXH3-128 of `data` keyed with `secret` (SECRET_BYTES long)."""
+    cdef XXH128_canonical_t out
+    cdef size_t count = <size_t>data.shape[0]
+    if secret.shape[0] != 192:
+        raise ValueError("the secret is 192 bytes long")
+    with nogil:
+        XXH128_canonicalFromHash(&out, XXH3_128bits_withSecret(&data[0] if count else NULL, count, &secret[0], 192))
+    return bytes(out.digest[:16])
+
+
+def read_fingerprint(int fd, int64_t offset, uint8_t[::1] out, const uint8_t[::1] secret):
+    """read_into() and fingerprint() of what was read, in one step: the bytes in `out` are those that were hashed."""
+    read_into(fd, offset, out)
+    return fingerprint(out, secret)
+
+
+def equal(int fd_a, int64_t offset_a, int fd_b, int64_t offset_b, int64_t length, uint8_t[::1] scratch):
+    """Whether `length` bytes of two files are the same. `scratch` is working space, at least 2 bytes long."""
+    cdef int64_t half = scratch.shape[0] // 2
+    cdef int64_t step, done = 0
+    cdef int code = 0
+    cdef int differs = 0
+    if half < 1:
+        raise ValueError("scratch is too small")
+    with nogil:
+        while done < length and not code and not differs:
+            step = min(half, length - done)
+            code = read_fully(fd_a, &scratch[0], <size_t>step, offset_a + done)
+            if not code:
+                code = read_fully(fd_b, &scratch[half], <size_t>step, offset_b + done)
+            if not code:
+                differs = memcmp(&scratch[0], &scratch[half], <size_t>step)
+            done += step
+    check(code)
+    return not differs
