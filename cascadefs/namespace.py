@@ -1,0 +1,336 @@
+"""Inodes, entries, extended attributes: what `ls` sees. Reads and writes rows; never awaits, never touches file bytes.
+
+Owns: tables inodes, entries, xattrs. Does not know objects (content columns are handed through) nor lookup counts.
+Invariants:
+(1) nlink equals the number of entries of a file, and 2 + the number of sub-folders of a folder.
+(2) Every method is one transaction; a method that raises OSError has changed nothing.
+(3) A folder has exactly one entry; no entry leads into its own subtree.
+(4) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
+"""
+
+import errno
+import stat
+import time
+from collections.abc import Iterator
+
+from cascadefs.config import NAME_MAX, SYMLINK_MAX, XATTR_VALUE_MAX
+from cascadefs.database import Database
+from cascadefs.errors import os_error
+from cascadefs.types import Inode
+
+ROOT = 1
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+XATTR_CREATE, XATTR_REPLACE = 1, 2
+LINK_MAX = 65000  # as ext4
+
+_COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target"
+_PREFIXED = ", ".join("i." + column for column in _COLUMNS.split(", "))
+
+
+class Namespace:
+    """The tree of names over one Database."""
+
+    def __init__(self, database: Database, uid: int = 0, gid: int = 0) -> None:
+        self._database = database
+        self._db = database.connection
+        if self.find(ROOT) is None:
+            now = time.time_ns()
+            self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
+
+    # --- reading
+
+    def find(self, ino: int) -> Inode | None:
+        """The inode, or None."""
+        row = self._db.execute(f"SELECT {_COLUMNS} FROM inodes WHERE ino=?", (ino,)).fetchone()
+        return Inode(*row) if row else None
+
+    def get(self, ino: int) -> Inode:
+        """The inode; ESTALE when there is none."""
+        found = self.find(ino)
+        if found is None:
+            raise os_error(errno.ESTALE, f"inode {ino}")
+        return found
+
+    def lookup(self, parent: int, name: bytes) -> Inode | None:
+        """What `name` means in folder `parent`; None when nothing does."""
+        if len(name) > NAME_MAX:
+            raise os_error(errno.ENAMETOOLONG, name)
+        if name == b".":
+            return self.get(parent)
+        if name == b"..":
+            row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (parent,)).fetchone()
+            return self.get(row[0] if row else ROOT)
+        row = self._db.execute(
+            f"SELECT {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino WHERE e.parent=? AND e.name=?", (parent, name)
+        ).fetchone()
+        return Inode(*row) if row else None
+
+    def list(self, parent: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
+        """(cookie, name, inode) of the entries with cookie > `after`, in stable order, in pages of bounded size."""
+        page = 256
+        while True:
+            rows = self._db.execute(
+                f"SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino "
+                "WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?",
+                (parent, after, page),
+            ).fetchall()
+            for row in rows:
+                yield row[0], row[1], Inode(*row[2:])
+            if len(rows) < page:
+                return
+            after = rows[-1][0]
+
+    def parent_of(self, ino: int) -> int:
+        """The folder that holds folder `ino`; the root is its own parent."""
+        row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()
+        return row[0] if row else ROOT
+
+    def count_files(self) -> tuple[int, int]:
+        """(number of regular files, sum of their sizes in bytes as last recorded)."""
+        row = self._db.execute(
+            "SELECT count(*), coalesce(sum(size), 0) FROM inodes WHERE mode & 61440 = 32768 AND nlink > 0"
+        ).fetchone()
+        return row[0], row[1]
+
+    def entries(self) -> int:
+        """Number of names."""
+        return int(self._db.execute("SELECT count(*) FROM entries").fetchone()[0])
+
+    # --- making
+
+    def _insert(
+        self, ino: int | None, mode: int, uid: int, gid: int, nlink: int, rdev: int, now: int, target: bytes | None, home: int = 0
+    ) -> int:
+        cursor = self._db.execute(
+            "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
+            "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+            (ino, mode, uid, gid, nlink, rdev, len(target or b""), now, now, now, home, target),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def _folder_for_new(self, parent: int, name: bytes) -> Inode:
+        """The folder `parent`, fit to take a new `name`."""
+        if len(name) > NAME_MAX:
+            raise os_error(errno.ENAMETOOLONG, name)
+        folder = self.get(parent)
+        if not stat.S_ISDIR(folder.mode):
+            raise os_error(errno.ENOTDIR, name)
+        if folder.nlink == 0:
+            raise os_error(errno.ENOENT, name)
+        return folder
+
+    def make(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes | None = None, home: int = 0
+    ) -> Inode:
+        """A new inode under a new name; `mode` holds type and permissions, umask already applied."""
+        if target is not None and len(target) > SYMLINK_MAX:
+            raise os_error(errno.ENAMETOOLONG, target)
+        now = time.time_ns()
+        is_folder = stat.S_ISDIR(mode)
+        with self._database.transaction():
+            folder = self._folder_for_new(parent, name)
+            if folder.mode & stat.S_ISGID:
+                gid = folder.gid
+                mode |= stat.S_ISGID if is_folder else 0
+            ino = self._insert(None, mode, uid, gid, 2 if is_folder else 1, rdev, now, target, home)
+            self._enter(parent, name, ino)
+            self._touch_folder(parent, now, 1 if is_folder else 0)
+        size = len(target or b"")
+        return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target)
+
+    def _enter(self, parent: int, name: bytes, ino: int) -> None:
+        cursor = self._db.execute("INSERT OR IGNORE INTO entries(parent, name, ino) VALUES(?,?,?)", (parent, name, ino))
+        if cursor.rowcount == 0:
+            raise os_error(errno.EEXIST, name)
+
+    def _touch_folder(self, ino: int, now: int, links: int) -> None:
+        self._db.execute("UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+? WHERE ino=?", (now, now, links, ino))
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """Another name for a file."""
+        now = time.time_ns()
+        with self._database.transaction():
+            inode = self.get(ino)
+            self._folder_for_new(parent, name)
+            if stat.S_ISDIR(inode.mode):
+                raise os_error(errno.EPERM, name)
+            if inode.nlink >= LINK_MAX:
+                raise os_error(errno.EMLINK, name)
+            if inode.nlink == 0:
+                raise os_error(errno.ENOENT, name)
+            self._enter(parent, name, ino)
+            self._touch_folder(parent, now, 0)
+            self._db.execute("UPDATE inodes SET nlink=nlink+1, ctime_ns=? WHERE ino=?", (now, ino))
+        return self.get(ino)
+
+    # --- taking away
+
+    def _leave(self, parent: int, name: bytes, inode: Inode, now: int) -> None:
+        """Remove an entry and what it counts for."""
+        is_folder = stat.S_ISDIR(inode.mode)
+        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
+        self._touch_folder(parent, now, -1 if is_folder else 0)
+        links = 0 if is_folder else inode.nlink - 1
+        self._db.execute("UPDATE inodes SET nlink=?, ctime_ns=? WHERE ino=?", (links, now, inode.ino))
+
+    def _is_empty(self, ino: int) -> bool:
+        return self._db.execute("SELECT 1 FROM entries WHERE parent=? LIMIT 1", (ino,)).fetchone() is None
+
+    def unlink(self, parent: int, name: bytes) -> Inode:
+        """Remove a name; returns the inode as it is afterwards (nlink 0: an orphan)."""
+        with self._database.transaction():
+            inode = self.lookup(parent, name)
+            if inode is None:
+                raise os_error(errno.ENOENT, name)
+            if stat.S_ISDIR(inode.mode):
+                raise os_error(errno.EISDIR, name)
+            self._leave(parent, name, inode, time.time_ns())
+        return self.get(inode.ino)
+
+    def rmdir(self, parent: int, name: bytes) -> Inode:
+        """Remove an empty folder."""
+        with self._database.transaction():
+            inode = self.lookup(parent, name)
+            if inode is None:
+                raise os_error(errno.ENOENT, name)
+            if not stat.S_ISDIR(inode.mode):
+                raise os_error(errno.ENOTDIR, name)
+            if not self._is_empty(inode.ino):
+                raise os_error(errno.ENOTEMPTY, name)
+            self._leave(parent, name, inode, time.time_ns())
+        return self.get(inode.ino)
+
+    def delete_inode(self, ino: int) -> None:
+        """Forget an orphan for good (its content references have been dropped by the caller)."""
+        with self._database.transaction():
+            self._db.execute("DELETE FROM xattrs WHERE ino=?", (ino,))
+            self._db.execute("DELETE FROM inodes WHERE ino=? AND nlink=0", (ino,))
+
+    def remove_all_names(self, ino: int) -> None:
+        """Recovery: a file whose content was never durable is absent after the loss of memory."""
+        with self._database.transaction():
+            for parent, name in self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall():
+                self._leave(parent, name, self.get(ino), time.time_ns())
+
+    def orphans(self) -> list[int]:
+        """Inodes without a name."""
+        return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE nlink=0")]
+
+    # --- moving
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Inode | None:
+        """rename(2) with flags; returns the inode that lost its name to the move, if one did."""
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+            raise os_error(errno.EINVAL, new_name)
+        now = time.time_ns()
+        with self._database.transaction():
+            source = self.lookup(parent, name)
+            if source is None:
+                raise os_error(errno.ENOENT, name)
+            self._folder_for_new(new_parent, new_name)
+            target = self.lookup(new_parent, new_name)
+            self._refuse_loops(source, new_parent)
+            if flags & RENAME_EXCHANGE:
+                self._exchange(parent, name, source, new_parent, new_name, target, now)
+                return None
+            if target is not None and target.ino == source.ino:
+                return None
+            if target is not None:
+                self._refuse_replacing(source, target, new_name, flags)
+                self._leave(new_parent, new_name, target, now)
+            self._move(parent, name, source, new_parent, new_name, now)
+        return self.find(target.ino) if target else None
+
+    def _refuse_loops(self, source: Inode, new_parent: int) -> None:
+        """A folder cannot move into its own subtree."""
+        at = new_parent
+        while stat.S_ISDIR(source.mode) and at != ROOT:
+            if at == source.ino:
+                raise os_error(errno.EINVAL)
+            at = self.parent_of(at)
+
+    def _refuse_replacing(self, source: Inode, target: Inode, new_name: bytes, flags: int) -> None:
+        if flags & RENAME_NOREPLACE:
+            raise os_error(errno.EEXIST, new_name)
+        if stat.S_ISDIR(target.mode):
+            if not stat.S_ISDIR(source.mode):
+                raise os_error(errno.EISDIR, new_name)
+            if not self._is_empty(target.ino):
+                raise os_error(errno.ENOTEMPTY, new_name)
+        elif stat.S_ISDIR(source.mode):
+            raise os_error(errno.ENOTDIR, new_name)
+
+    def _move(self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, now: int) -> None:
+        links = 1 if stat.S_ISDIR(source.mode) else 0
+        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
+        self._touch_folder(parent, now, -links)
+        self._enter(new_parent, new_name, source.ino)
+        self._touch_folder(new_parent, now, links)
+        self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (now, source.ino))
+
+    def _exchange(
+        self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, target: Inode | None, now: int
+    ) -> None:
+        if target is None:
+            raise os_error(errno.ENOENT, new_name)
+        self._refuse_loops(target, parent)
+        difference = stat.S_ISDIR(target.mode) - stat.S_ISDIR(source.mode)
+        self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (target.ino, parent, name))
+        self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (source.ino, new_parent, new_name))
+        self._touch_folder(parent, now, difference)
+        self._touch_folder(new_parent, now, -difference)
+        self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino IN (?,?)", (now, source.ino, target.ino))
+
+    def replace_inode(self, ino: int) -> int:
+        """Give every name of file `ino` to a new inode with the same attributes and content columns; `ino` is an orphan then.
+
+        For a writer that opens an object which other inodes' readers hold in passthrough: readers keep the old node.
+        """
+        with self._database.transaction():
+            columns = _COLUMNS.split(", ", 1)[1]
+            cursor = self._db.execute(f"INSERT INTO inodes({columns}) SELECT {columns} FROM inodes WHERE ino=?", (ino,))
+            new = int(cursor.lastrowid or 0)
+            self._db.execute("UPDATE entries SET ino=? WHERE ino=?", (new, ino))
+            self._db.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino=?", (new, ino))
+            self._db.execute("UPDATE inodes SET nlink=0 WHERE ino=?", (ino,))
+        return new
+
+    # --- attributes
+
+    def update(self, ino: int, **columns: int | None) -> None:
+        """Set columns of one inode. Column names come from this package, never from users."""
+        assignments = ", ".join(f"{column}=?" for column in columns)
+        self._db.execute(f"UPDATE inodes SET {assignments} WHERE ino=?", (*columns.values(), ino))
+
+    def get_xattr(self, ino: int, name: bytes) -> bytes:
+        """The value; ENODATA when there is none."""
+        row = self._db.execute("SELECT value FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone()
+        if row is None:
+            raise os_error(errno.ENODATA, name)
+        return bytes(row[0])
+
+    def list_xattrs(self, ino: int) -> list[bytes]:
+        """Names, sorted."""
+        return [row[0] for row in self._db.execute("SELECT name FROM xattrs WHERE ino=? ORDER BY name", (ino,))]
+
+    def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """setxattr(2) with XATTR_CREATE and XATTR_REPLACE."""
+        if len(name) > NAME_MAX:
+            raise os_error(errno.ERANGE, name)
+        if len(value) > XATTR_VALUE_MAX:
+            raise os_error(errno.E2BIG, name)
+        with self._database.transaction():
+            known = self._db.execute("SELECT 1 FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone()
+            if known and flags & XATTR_CREATE:
+                raise os_error(errno.EEXIST, name)
+            if not known and flags & XATTR_REPLACE:
+                raise os_error(errno.ENODATA, name)
+            self._db.execute("INSERT OR REPLACE INTO xattrs VALUES(?,?,?)", (ino, name, value))
+            self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (time.time_ns(), ino))
+
+    def remove_xattr(self, ino: int, name: bytes) -> None:
+        """ENODATA when there is none."""
+        with self._database.transaction():
+            if self._db.execute("DELETE FROM xattrs WHERE ino=? AND name=?", (ino, name)).rowcount == 0:
+                raise os_error(errno.ENODATA, name)
+            self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (time.time_ns(), ino))
