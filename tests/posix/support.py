@@ -109,7 +109,7 @@ def tick() -> None:
 
 def settle() -> None:
     """Gives whatever happens behind the last close time to happen; correctness may never depend on it."""
-    time.sleep(0.3)
+    time.sleep(0.15)
 
 
 def rest(path: Path) -> None:
@@ -189,8 +189,10 @@ def in_child(work: Callable[[], None]) -> None:
     Child(work).finish()
 
 
-def as_user(path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tuple[int, ...] = ()) -> None:
-    """Runs work as uid (gid alike) with path as working folder, so that the way to path need not be open to uid."""
+def user_work(
+    path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tuple[int, ...] = ()
+) -> Callable[[], None]:
+    """work as uid (gid alike), with path as working folder so that the way to path need not be open to uid."""
 
     def drop_then_work() -> None:
         os.chdir(path)
@@ -199,7 +201,11 @@ def as_user(path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tup
         os.setuid(uid)
         work()
 
-    in_child(drop_then_work)
+    return drop_then_work
+
+
+def as_user(path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tuple[int, ...] = ()) -> None:
+    in_child(user_work(path, work, uid, groups))
 
 
 class Gate:

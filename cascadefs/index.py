@@ -1,0 +1,260 @@
+"""Objects, blocks, extents: which content lies where, and who refers to it. Rows only: never awaits, never touches bytes.
+
+Owns: tables objects, object_blocks, blocks, extents and the content columns of inodes. Invariants:
+(1) objects.refs = number of inodes.oid and inodes.durable_oid that name it; an object with 0 references does not exist
+    outside a transaction. blocks.refs = number of object_blocks rows that name it; the same holds.
+(2) An object is durable exactly when each of its blocks has a location and that was committed after the data was synced.
+(3) inodes.durable_oid is what the inode falls back to when memory is lost; it names a durable object or nothing.
+(4) extents.live = bytes of the records that blocks point to.
+"""
+
+import struct
+from collections.abc import Iterable, Sequence
+
+import xxhash
+
+from cascadefs.database import Database
+from cascadefs.record import record_bytes
+from cascadefs.types import Block, Home, Location, Object
+
+_OBJECT = "oid, digest, size, durable"
+
+
+def digest_of(size_bytes: int, fingerprints: Iterable[bytes], salt: int = 0) -> bytes:
+    """16 bytes that name an object. `salt` > 0 only after a fingerprint collision was found by comparing bytes."""
+    return xxhash.xxh3_128_digest(struct.pack("<QQ", size_bytes, salt) + b"".join(fingerprints))
+
+
+class Index:
+    """The content side of one Database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._db = database.connection
+        self.block_bytes = database.identity.block_bytes
+
+    # --- objects and their blocks
+
+    def find(self, digest: bytes) -> Object | None:
+        """The object of that name."""
+        row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE digest=?", (digest,)).fetchone()
+        return Object(row[0], row[1], row[2], bool(row[3])) if row else None
+
+    def object(self, oid: int) -> Object:
+        """The object; it must exist (invariant 1)."""
+        row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE oid=?", (oid,)).fetchone()
+        if row is None:
+            raise LookupError(f"object {oid} is not in the index")
+        return Object(row[0], row[1], row[2], bool(row[3]))
+
+    def refs(self, oid: int) -> int:
+        """Number of references to an object."""
+        row = self._db.execute("SELECT refs FROM objects WHERE oid=?", (oid,)).fetchone()
+        return row[0] if row else 0
+
+    def blocks(self, oid: int) -> list[Block]:
+        """In order of their place in the object."""
+        rows = self._db.execute(
+            "SELECT b.bid, fingerprint, length, extent, offset FROM object_blocks o JOIN blocks b ON b.bid=o.bid "
+            "WHERE o.oid=? ORDER BY seq",
+            (oid,),
+        )
+        return [Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) for r in rows]
+
+    def find_block(self, fingerprint: bytes, length: int) -> int | None:
+        """A block with that fingerprint."""
+        row = self._db.execute("SELECT bid FROM blocks WHERE fingerprint=? AND length=?", (fingerprint, length)).fetchone()
+        return row[0] if row else None
+
+    def holders(self, bid: int, limit: int = 4) -> list[tuple[bytes, int]]:
+        """(digest, place in the object) of some objects that contain a block."""
+        return self._db.execute(
+            "SELECT digest, seq FROM object_blocks b JOIN objects o ON o.oid=b.oid WHERE bid=? LIMIT ?", (bid, limit)
+        ).fetchall()
+
+    def add(self, digest: bytes, size_bytes: int, parts: Sequence[tuple[bytes, int, int | None]]) -> Object:
+        """A new object of (fingerprint, length, known block or None) parts. It has no reference yet: refer to it in the same
+        transaction."""
+        with self._database.transaction():
+            cursor = self._db.execute("INSERT INTO objects(digest, size, refs, durable) VALUES(?,?,0,0)", (digest, size_bytes))
+            oid = int(cursor.lastrowid or 0)
+            fresh: dict[tuple[bytes, int], int] = {}
+            for seq, (fingerprint, length, known) in enumerate(parts):
+                bid = known or fresh.get((fingerprint, length))
+                if bid is None:
+                    cursor = self._db.execute(
+                        "INSERT INTO blocks(fingerprint, length, refs) VALUES(?,?,0)", (fingerprint, length)
+                    )
+                    bid = fresh[fingerprint, length] = int(cursor.lastrowid or 0)
+                self._db.execute("INSERT INTO object_blocks VALUES(?,?,?)", (oid, seq, bid))
+                self._db.execute("UPDATE blocks SET refs=refs+1 WHERE bid=?", (bid,))
+            self._db.execute(
+                "UPDATE objects SET durable = NOT EXISTS (SELECT 1 FROM object_blocks o JOIN blocks b ON b.bid=o.bid "
+                "WHERE o.oid=? AND b.extent IS NULL) WHERE oid=?",
+                (oid, oid),
+            )
+        return self.object(oid)
+
+    def dirty(self, limit: int) -> list[Object]:
+        """Objects that are not yet durable, oldest first."""
+        rows = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE durable=0 ORDER BY oid LIMIT ?", (limit,))
+        return [Object(r[0], r[1], r[2], False) for r in rows]
+
+    def all_objects(self) -> list[Object]:
+        """Every object: for recovery."""
+        return [Object(r[0], r[1], r[2], bool(r[3])) for r in self._db.execute(f"SELECT {_OBJECT} FROM objects")]
+
+    # --- references
+
+    def _ref(self, oid: int) -> None:
+        self._db.execute("UPDATE objects SET refs=refs+1 WHERE oid=?", (oid,))
+
+    def _unref(self, oid: int) -> list[Location]:
+        """Drop a reference; returns the records nothing points to any more."""
+        self._db.execute("UPDATE objects SET refs=refs-1 WHERE oid=?", (oid,))
+        if self.refs(oid) > 0:
+            return []
+        bids = [row[0] for row in self._db.execute("SELECT bid FROM object_blocks WHERE oid=?", (oid,))]
+        self._db.execute("DELETE FROM object_blocks WHERE oid=?", (oid,))
+        self._db.execute("DELETE FROM objects WHERE oid=?", (oid,))
+        return [dead for bid in bids if (dead := self._unref_block(bid))]
+
+    def _unref_block(self, bid: int) -> Location | None:
+        self._db.execute("UPDATE blocks SET refs=refs-1 WHERE bid=?", (bid,))
+        row = self._db.execute("SELECT refs, extent, offset, length FROM blocks WHERE bid=?", (bid,)).fetchone()
+        if row is None or row[0] > 0:
+            return None
+        self._db.execute("DELETE FROM blocks WHERE bid=?", (bid,))
+        if row[1] is None:
+            return None
+        self._db.execute("UPDATE extents SET live=live-? WHERE number=?", (record_bytes(row[3]), row[1]))
+        return Location(row[1], row[2], row[3])
+
+    def set_content(self, ino: int, home: Home, oid: int | None, size_bytes: int, keep_fallback: bool = True) -> list[Location]:
+        """Point an inode at staged bytes (`home`), an object, or nothing. Returns the records that died.
+
+        The durable fallback stays until the new content is durable, unless `keep_fallback` is false.
+        """
+        with self._database.transaction():
+            row = self._db.execute("SELECT oid, durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
+            if row is None:
+                return []
+            if oid is not None:
+                self._ref(oid)
+            self._db.execute("UPDATE inodes SET home=?, oid=?, size=? WHERE ino=?", (home, oid, size_bytes, ino))
+            dead = self._unref(row[0]) if row[0] is not None else []
+            if oid is not None and self.object(oid).durable:
+                dead += self.set_fallback(ino, oid)
+            elif not keep_fallback:
+                dead += self.set_fallback(ino, None)
+        return dead
+
+    def set_fallback(self, ino: int, oid: int | None) -> list[Location]:
+        """Make a durable object (or nothing) what the inode falls back to."""
+        with self._database.transaction():
+            row = self._db.execute("SELECT durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
+            if row is None or row[0] == oid:
+                return []
+            if oid is not None:
+                self._ref(oid)
+            self._db.execute("UPDATE inodes SET durable_oid=? WHERE ino=?", (oid, ino))
+            return self._unref(row[0]) if row[0] is not None else []
+
+    def ref_copies(self, ino: int) -> None:
+        """Count the references of an inode whose row was copied by Namespace.replace_inode (same transaction)."""
+        row = self._db.execute("SELECT oid, durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
+        for oid in row:
+            if oid is not None:
+                self._ref(oid)
+
+    # --- placement
+
+    def place(self, placed: Iterable[tuple[int, Location]], extent: int, extent_size: int) -> list[Location]:
+        """Record where blocks were written and how far the extent reaches. Returns records of blocks that died meanwhile."""
+        dead = []
+        with self._database.transaction():
+            self._db.execute(
+                "INSERT INTO extents VALUES(?,?,0,0) ON CONFLICT(number) DO UPDATE SET size=max(size, excluded.size)",
+                (extent, extent_size),
+            )
+            for bid, at in placed:
+                cursor = self._db.execute(
+                    "UPDATE blocks SET extent=?, offset=? WHERE bid=? AND extent IS NULL", (at.extent, at.offset, bid)
+                )
+                if cursor.rowcount == 0:
+                    dead.append(at)
+                else:
+                    self._db.execute("UPDATE extents SET live=live+? WHERE number=?", (record_bytes(at.length), at.extent))
+        return dead
+
+    def mark_durable(self, oid: int) -> list[Location]:
+        """All blocks of the object are located and synced: it becomes the fallback of the inodes that show it."""
+        with self._database.transaction():
+            self._db.execute("UPDATE objects SET durable=1 WHERE oid=?", (oid,))
+            inos = [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=? AND home=0", (oid,))]
+            return [location for ino in inos for location in self.set_fallback(ino, oid)]
+
+    def open_extent(self) -> tuple[int, int] | None:
+        """(number, size in bytes) of the extent that still grows."""
+        row = self._db.execute("SELECT number, size FROM extents WHERE sealed=0 ORDER BY number DESC LIMIT 1").fetchone()
+        return (row[0], row[1]) if row else None
+
+    def next_extent(self) -> int:
+        """The number for a new extent; numbers are never used twice in a database."""
+        row = self._db.execute("SELECT value FROM (SELECT max(number) AS value FROM extents)").fetchone()
+        return (row[0] or 0) + 1
+
+    def seal_extent(self, number: int, size: int) -> None:
+        """The extent has its footer and is `size` bytes long."""
+        self._db.execute("UPDATE extents SET sealed=1, size=? WHERE number=?", (size, number))
+
+    def extent_records(self, number: int) -> list[tuple[bytes, int, int]]:
+        """(fingerprint, offset, length) of the live records of an extent, by offset."""
+        return self._db.execute(
+            "SELECT fingerprint, offset, length FROM blocks WHERE extent=? ORDER BY offset", (number,)
+        ).fetchall()
+
+    def dead_extents(self) -> list[int]:
+        """Sealed extents without a live record."""
+        return [row[0] for row in self._db.execute("SELECT number FROM extents WHERE sealed=1 AND live<=0 AND size>0")]
+
+    def forget_extent(self, number: int) -> None:
+        """Its file is about to go; the row stays (size 0) so that the number is not used again."""
+        self._db.execute("UPDATE extents SET size=0, live=0 WHERE number=?", (number,))
+
+    # --- totals and addresses
+
+    def totals(self) -> dict[str, int]:
+        """objects, unique_bytes (each block once), cold_bytes, extents, live_bytes."""
+        objects, dirty = self._db.execute(
+            "SELECT count(*), coalesce(sum(CASE durable WHEN 0 THEN size END), 0) FROM objects"
+        ).fetchone()
+        unique, cold_objects = self._db.execute(
+            "SELECT coalesce(sum(length), 0), (SELECT count(*) FROM objects WHERE durable=1) FROM blocks"
+        ).fetchone()
+        extents, size, live = self._db.execute(
+            "SELECT count(*), coalesce(sum(size), 0), coalesce(sum(live), 0) FROM extents WHERE size>0"
+        ).fetchone()
+        return {
+            "objects": objects,
+            "dirty_bytes": dirty,
+            "unique_bytes": unique,
+            "cold_objects": cold_objects,
+            "extents": extents,
+            "extent_bytes": size,
+            "live_bytes": live,
+        }
+
+    def sha256(self, oid: int) -> str | None:
+        """The remembered public address."""
+        row = self._db.execute("SELECT sha256 FROM objects WHERE oid=?", (oid,)).fetchone()
+        return row[0] if row else None
+
+    def remember_sha256(self, oid: int, address: str) -> None:
+        """Keep the public address of an object."""
+        self._db.execute("UPDATE objects SET sha256=? WHERE oid=?", (address, oid))
+
+    def by_address(self, address: str) -> Object | None:
+        """An object whose public address was computed before."""
+        row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE sha256=?", (address,)).fetchone()
+        return Object(row[0], row[1], row[2], bool(row[3])) if row else None

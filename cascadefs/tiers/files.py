@@ -1,0 +1,100 @@
+"""A folder of whole files: staged (mutable, by inode) and objects (immutable copies, by digest).
+
+Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invariants:
+(1) A file under objects/ is complete and never written again: it gets its name by link or rename when it is whole.
+(2) `objects` mirrors objects/: digest -> allocated bytes.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+
+class FileTier:
+    """The memory tier is one (on tmpfs), the staging folder of the cold tier another (on disk)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in (folder, folder / "staged", folder / "objects"):
+            part.mkdir(mode=0o700, exist_ok=True)
+        self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
+        self.objects: dict[bytes, int] = {}
+        for entry in os.scandir(self._objects):
+            if len(entry.name) == 32:
+                self.objects[bytes.fromhex(entry.name)] = entry.stat().st_blocks * 512
+            else:
+                os.unlink(entry.path)
+
+    def staged_path(self, ino: int) -> str:
+        """Where the mutable bytes of an inode lie."""
+        return f"{self._staged}/{ino}"
+
+    def object_path(self, digest: bytes) -> str:
+        """Where the copy of an object lies."""
+        return f"{self._objects}/{digest.hex()}"
+
+    def staged(self) -> list[int]:
+        """Inodes with a staged file here."""
+        return [int(name) for name in os.listdir(self._staged) if name.isdigit()]
+
+    def create_staged(self, ino: int) -> int:
+        """An empty staged file; returns a read-only descriptor that the caller closes. An old file of that name goes."""
+        path = self.staged_path(ino)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def adopt(self, ino: int, digest: bytes) -> None:
+        """The staged file gets an object's name as well (no copying). The staged name stays until drop_staged()."""
+        path = self.object_path(digest)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.link(self.staged_path(ino), path)
+        self.objects[digest] = os.stat(path).st_blocks * 512
+
+    def unadopt(self, digest: bytes, ino: int) -> None:
+        """The object's file gets a staged name as well. The object name stays until drop()."""
+        path = self.staged_path(ino)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.link(self.object_path(digest), path)
+
+    def drop_staged(self, ino: int) -> None:
+        """Remove a staged name; open descriptors stay valid."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.staged_path(ino))
+
+    def drop(self, digest: bytes) -> None:
+        """Remove the copy of an object; open descriptors stay valid."""
+        self.objects.pop(digest, None)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.object_path(digest))
+
+    def open_object(self, digest: bytes) -> int:
+        """A read-only descriptor that the caller closes."""
+        return os.open(self.object_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+
+    def copy_object(self, source_fd: int, digest: bytes) -> None:
+        """Make a copy of an open file an object of this tier. Blocks."""
+        partial = self.object_path(digest) + ".new"
+        copy_file(source_fd, partial)
+        os.rename(partial, self.object_path(digest))
+        self.objects[digest] = os.stat(self.object_path(digest)).st_blocks * 512
+
+    def used_bytes(self) -> int:
+        """Bytes allocated under the folder."""
+        staged = 0
+        for entry in os.scandir(self._staged):
+            with contextlib.suppress(FileNotFoundError):
+                staged += entry.stat().st_blocks * 512
+        return staged + sum(self.objects.values())
+
+
+def copy_file(source_fd: int, path: str) -> None:
+    """Copy all bytes of an open file, holes kept by copy_file_range where it can, into a new file at `path`. Blocks."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as out, os.fdopen(os.open(f"/proc/self/fd/{source_fd}", os.O_RDONLY), "rb") as source:
+        shutil.copyfileobj(source, out, 4 << 20)

@@ -1,0 +1,61 @@
+"""The memory tier: a FileTier on a tmpfs of our own with huge pages, or on a plain folder in /dev/shm without privilege.
+
+Owns: the tmpfs mount at /dev/shm/cascadefs-<store id>. Invariants:
+(1) The tmpfs may hold more than the capacity, for writers that outrun eviction: the kernel writes to it without asking
+    us, so its hard limit is the capacity plus BURST_SHARE of the memory that is free now.
+(2) Without a mount of our own, usage is summed over the files; with one, the kernel counts it.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+from cascadefs.tiers.files import FileTier
+
+BURST_SHARE = 0.5
+MS_NOSUID, MS_NODEV, MS_REMOUNT = 2, 4, 32
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def available_memory() -> int:
+    """MemAvailable in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _mount_tmpfs(folder: Path, flags: int, size_bytes: int) -> str | None:
+    """None when it worked, else why it did not."""
+    options = f"mode=700,size={size_bytes},nr_inodes=0,huge=within_size"
+    if _libc.mount(b"cascadefs-memory", os.fsencode(folder), b"tmpfs", flags, options.encode()) == 0:
+        return None
+    return os.strerror(ctypes.get_errno())
+
+
+class ShmTier(FileTier):
+    """A FileTier with a capacity. `huge` tells whether it has huge pages, `why_not` why it has not."""
+
+    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.capacity_bytes = capacity_bytes
+        limit = capacity_bytes + int(available_memory() * BURST_SHARE)
+        flags = MS_NOSUID | MS_NODEV | (MS_REMOUNT if os.path.ismount(folder) else 0)
+        self.why_not = _mount_tmpfs(folder, flags, limit)
+        self.own_mount = os.path.ismount(folder)
+        self.huge = self.own_mount and self.why_not is None
+        super().__init__(folder)
+
+    def used_bytes(self) -> int:
+        """Bytes in memory."""
+        if not self.own_mount:
+            return super().used_bytes()
+        space = os.statvfs(self.folder)
+        return (space.f_blocks - space.f_bfree) * space.f_frsize
+
+    def release(self) -> None:
+        """Give the memory back: every copy goes. Only after everything is durable."""
+        for digest in list(self.objects):
+            self.drop(digest)
+        if self.own_mount:
+            _libc.umount2(os.fsencode(self.folder), 2)
