@@ -1,22 +1,14 @@
-# make mount | test | build | lint | bench | test-clients | umount | clean
+# make build | test | lint | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-MNT ?= /cascade
 VENV := .venv
 PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test lint bench test-clients system clean
-
-mount: build
-	@$(VENV)/bin/cascadefs mount $(MNT)
-	@echo "next: cp any file to $(MNT); look with '$(VENV)/bin/cascadefs status $(MNT)'; end with 'make umount MNT=$(MNT)'"
-
-umount: build
-	@$(VENV)/bin/cascadefs umount $(MNT)
+.PHONY: build test lint system clean
 
 build: $(VENV)/.built
 
@@ -57,4 +49,4 @@ lint: $(VENV)/.dev
 	$(PY) setup.py -q build_ext --build-temp build/lint --build-lib build/lint --force
 
 clean:
-	rm -rf $(VENV) .venv-clients build *.egg-info cython_ext/*.c cython_ext/*.so
+	rm -rf $(VENV) build *.egg-info cython_ext/*.c cython_ext/*.so

@@ -77,14 +77,21 @@ def _read_identity(path: Path) -> StoreIdentity:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path} cannot be read ({e}); this is no cascadefs store, give another --store") from e
     if version != FORMAT:
-        raise StoreError(f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}; use a matching version")
+        raise StoreError(
+            f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}; use a matching version"
+        )
     return StoreIdentity(known["store_id"], bytes.fromhex(known["secret"]), known["block_bytes"])
 
 
 def _make_identity(path: Path) -> StoreIdentity:
     identity = StoreIdentity(secrets.token_hex(16), secrets.token_bytes(SECRET_BYTES), BLOCK_BYTES)
     text = json.dumps(
-        {"format": FORMAT, "store_id": identity.store_id, "secret": identity.secret.hex(), "block_bytes": identity.block_bytes}
+        {
+            "format": FORMAT,
+            "store_id": identity.store_id,
+            "secret": identity.secret.hex(),
+            "block_bytes": identity.block_bytes,
+        }
     )
     partial = path.with_suffix(".new")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

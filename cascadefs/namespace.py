@@ -61,11 +61,12 @@ class Namespace:
             row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (parent,)).fetchone()
             return self.get(row[0] if row else ROOT)
         row = self._db.execute(
-            f"SELECT {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino WHERE e.parent=? AND e.name=?", (parent, name)
+            f"SELECT {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino WHERE e.parent=? AND e.name=?",
+            (parent, name),
         ).fetchone()
         return Inode(*row) if row else None
 
-    def list(self, parent: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
+    def listing(self, parent: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
         """(cookie, name, inode) of the entries with cookie > `after`, in stable order, in pages of bounded size."""
         page = 256
         while True:
@@ -99,7 +100,16 @@ class Namespace:
     # --- making
 
     def _insert(
-        self, ino: int | None, mode: int, uid: int, gid: int, nlink: int, rdev: int, now: int, target: bytes | None, home: int = 0
+        self,
+        ino: int | None,
+        mode: int,
+        uid: int,
+        gid: int,
+        nlink: int,
+        rdev: int,
+        now: int,
+        target: bytes | None,
+        home: int = 0,
     ) -> int:
         cursor = self._db.execute(
             "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
@@ -120,7 +130,15 @@ class Namespace:
         return folder
 
     def make(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes | None = None, home: int = 0
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        target: bytes | None = None,
+        home: int = 0,
     ) -> Inode:
         """A new inode under a new name; `mode` holds type and permissions, umask already applied."""
         if target is not None and len(target) > SYMLINK_MAX:

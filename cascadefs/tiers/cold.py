@@ -166,9 +166,9 @@ class ColdTier:
 def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Group so that a group is about WRITE_BYTES long."""
     groups: list[list[Piece]] = []
-    filled = WRITE_BYTES
+    filled = 0
     for piece in pieces:
-        if filled + record_bytes(piece.length) > WRITE_BYTES + ALIGN * 2:
+        if not groups or filled + record_bytes(piece.length) > WRITE_BYTES + ALIGN * 2:
             groups.append([])
             filled = 0
         groups[-1].append(piece)

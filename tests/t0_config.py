@@ -1,0 +1,43 @@
+"""config.py: precedence, bounds, and one clear line for what is wrong."""
+
+import pytest
+
+from cascadefs import config
+from cascadefs.errors import ConfigError
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('shm_size = "1GiB"\nsync = "close"\nseal_delay = 2\n')
+    found = config.load({"shm_size": "3GiB"}, {"CASCADEFS_SHM_SIZE": "2GiB", "CASCADEFS_SYNC": "fsync"}, file)
+    assert (found.settings.shm_size, found.origins["shm_size"]) == (3 << 30, "flag")
+    assert (found.settings.sync, found.origins["sync"]) == ("fsync", "environment")
+    assert (found.settings.seal_delay, found.origins["seal_delay"]) == (2.0, "file")
+    assert found.origins["extent_size"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [({"shm_size": "plenty"}, "not understood"), ({"shm_size": "1KiB"}, "out of bounds"), ({"sync": "never"}, "fsync"),
+     ({"passthrough": "perhaps"}, "true or false"), ({"seal_delay": "-1"}, "out of bounds")],
+)  # fmt: skip
+def test_an_impossible_value_is_one_line(flags, word):
+    with pytest.raises(ConfigError) as e:
+        config.load(flags, {}, None)
+    assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("shm_sise = 3\n")
+    with pytest.raises(ConfigError, match="shm_sise"):
+        config.load({}, {}, file)
+    with pytest.raises(ConfigError, match="CASCADEFS_STOER"):
+        config.load({}, {"CASCADEFS_STOER": "x"}, None)
+
+
+def test_a_broken_or_missing_file_is_said(tmp_path):
+    (tmp_path / "bad.toml").write_text("= =")
+    for name, word in (("bad.toml", "TOML"), ("none.toml", "cannot read")):
+        with pytest.raises(ConfigError, match=word):
+            config.load({}, {}, tmp_path / name)

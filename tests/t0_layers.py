@@ -1,0 +1,36 @@
+"""Layers import downwards only: the order of ARCHITECTURE.md, read from the source."""
+
+import ast
+from pathlib import Path
+
+import cascadefs
+
+ROOT = Path(cascadefs.__file__).parent
+ORDER = [
+    ["ext"],
+    ["errors", "types", "config"],
+    ["record"],
+    ["policies", "scheduler", "database"],
+    ["namespace", "index"],
+    ["tiers"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def imported(path):
+    """Names directly under cascadefs that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cascadefs"):
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+
+
+def test_imports_point_downwards():
+    seen = 0
+    for name, level in LEVEL.items():
+        files = (ROOT / name).rglob("*.py") if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]
+        for file in (f for f in files if f.exists()):
+            for target in imported(file):
+                assert target in LEVEL and LEVEL[target] <= level, f"{file} imports {target}"
+                seen += 1
+    assert seen > 10

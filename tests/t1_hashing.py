@@ -1,0 +1,56 @@
+"""hashing: the kernel against a slow Python twin."""
+
+import os
+
+import pytest
+
+from cascadefs.ext import hashing
+
+SECRET = bytes(n % 251 for n in range(hashing.SECRET_BYTES))
+LENGTHS = [0, 1, 3, 16, 17, 128, 129, 240, 241, 1023, 4096, 100_003]
+
+
+@pytest.fixture
+def file(tmp_path):
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    os.write(fd, os.urandom(200_000))
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_reading_and_hashing_agree_with_hashing_alone(file, length):
+    out = bytearray(length)
+    found = hashing.read_fingerprint(file, 777, out, SECRET)
+    assert out == os.pread(file, length, 777)
+    assert found == hashing.fingerprint(bytes(out), SECRET) and len(found) == 16
+
+
+def test_fingerprints_differ_by_bytes_and_by_secret():
+    seen = {hashing.fingerprint(bytes(n), SECRET) for n in LENGTHS}
+    assert len(seen) == len(LENGTHS)
+    assert hashing.fingerprint(b"x", SECRET) != hashing.fingerprint(b"x", os.urandom(hashing.SECRET_BYTES))
+    assert hashing.fingerprint(b"x", SECRET) == hashing.fingerprint(b"x", bytearray(SECRET))
+
+
+def test_a_secret_of_the_wrong_length_is_refused():
+    with pytest.raises(ValueError, match="192"):
+        hashing.fingerprint(b"x", b"short")
+
+
+def test_a_range_past_the_end_is_an_error(file):
+    with pytest.raises(OSError, match="Input/output"):
+        hashing.read_into(file, 199_999, bytearray(2))
+
+
+@pytest.mark.parametrize("scratch", [2, 3, 64, 8192])
+def test_equal_is_what_python_says(file, tmp_path, scratch):
+    data = bytearray(os.pread(file, 200_000, 0))
+    other = os.open(tmp_path / "g", os.O_RDWR | os.O_CREAT)
+    os.write(other, data)
+    assert hashing.equal(file, 5, other, 5, 1000, bytearray(scratch))
+    for at in (5, 500, 1004):
+        os.pwrite(other, bytes([data[at] ^ 1]), at)
+        assert not hashing.equal(file, 5, other, 5, 1000, bytearray(scratch))
+        os.pwrite(other, data[at : at + 1], at)
+    os.close(other)

@@ -1,0 +1,110 @@
+"""namespace.py: names, links and errnos, and all of it back after a restart."""
+
+import errno
+import stat
+
+import pytest
+
+from cascadefs.database import Database
+from cascadefs.errors import StoreError
+from cascadefs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, ROOT, Namespace
+
+FILE, FOLDER = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
+
+
+def fails(code, call, *arguments):
+    with pytest.raises(OSError) as e:
+        call(*arguments)
+    assert e.value.errno == code
+
+
+def test_make_look_up_list_and_count(namespace):
+    made = [namespace.make(ROOT, b"f%d" % n, FILE, 5, 6) for n in range(600)]
+    assert [name for _, name, _ in namespace.listing(ROOT, 0)] == [b"f%d" % n for n in range(600)]
+    cookie = next(c for c, name, _ in namespace.listing(ROOT, 0) if name == b"f300")
+    assert next(namespace.listing(ROOT, cookie))[1] == b"f301"
+    assert namespace.lookup(ROOT, b"f7") == made[7]
+    assert namespace.lookup(ROOT, b"none") is None
+    assert namespace.count_files() == (600, 0)
+
+
+def test_errnos(namespace):
+    folder, file = namespace.make(ROOT, b"d", FOLDER, 0, 0), namespace.make(ROOT, b"f", FILE, 0, 0)
+    namespace.make(folder.ino, b"inner", FOLDER, 0, 0)
+    fails(errno.EEXIST, namespace.make, ROOT, b"f", FILE, 0, 0)
+    fails(errno.ENAMETOOLONG, namespace.make, ROOT, b"x" * 256, FILE, 0, 0)
+    fails(errno.ENOTDIR, namespace.make, file.ino, b"x", FILE, 0, 0)
+    fails(errno.ENOTEMPTY, namespace.rmdir, ROOT, b"d")
+    fails(errno.EISDIR, namespace.unlink, ROOT, b"d")
+    fails(errno.ENOTDIR, namespace.rmdir, ROOT, b"f")
+    fails(errno.ENOENT, namespace.unlink, ROOT, b"none")
+    fails(errno.EPERM, namespace.link, folder.ino, ROOT, b"l")
+    fails(errno.ESTALE, namespace.get, 999)
+    assert namespace.get(ROOT).nlink == 3 and namespace.get(folder.ino).nlink == 3
+
+
+def test_links_and_orphans(namespace):
+    file = namespace.make(ROOT, b"f", FILE, 0, 0)
+    assert namespace.link(file.ino, ROOT, b"g").nlink == 2
+    assert namespace.unlink(ROOT, b"f").nlink == 1
+    assert namespace.unlink(ROOT, b"g").nlink == 0
+    assert namespace.orphans() == [file.ino]
+    namespace.delete_inode(file.ino)
+    assert namespace.orphans() == [] and namespace.find(file.ino) is None
+
+
+def test_rename(namespace):
+    a, b = namespace.make(ROOT, b"a", FILE, 0, 0), namespace.make(ROOT, b"b", FILE, 0, 0)
+    d = namespace.make(ROOT, b"d", FOLDER, 0, 0)
+    e = namespace.make(d.ino, b"e", FOLDER, 0, 0)
+    fails(errno.EEXIST, namespace.rename, ROOT, b"a", ROOT, b"b", RENAME_NOREPLACE)
+    fails(errno.EINVAL, namespace.rename, ROOT, b"d", e.ino, b"x", 0)
+    fails(errno.EISDIR, namespace.rename, ROOT, b"a", ROOT, b"d", 0)
+    fails(errno.ENOTDIR, namespace.rename, ROOT, b"d", ROOT, b"a", 0)
+    namespace.rename(ROOT, b"a", ROOT, b"b", RENAME_EXCHANGE)
+    assert namespace.lookup(ROOT, b"a").ino == b.ino
+    lost = namespace.rename(ROOT, b"a", ROOT, b"b", 0)
+    assert lost.ino == a.ino and lost.nlink == 0 and namespace.lookup(ROOT, b"a") is None
+    namespace.rename(d.ino, b"e", ROOT, b"e", 0)
+    assert namespace.get(ROOT).nlink == 4 and namespace.get(d.ino).nlink == 2 and namespace.parent_of(e.ino) == ROOT
+
+
+def test_setgid_folders_hand_on_their_group(namespace):
+    folder = namespace.make(ROOT, b"d", FOLDER | stat.S_ISGID, 1, 77)
+    assert namespace.make(folder.ino, b"f", FILE, 1, 2).gid == 77
+    assert namespace.make(folder.ino, b"s", FOLDER, 1, 2).mode & stat.S_ISGID
+
+
+def test_xattrs(namespace):
+    namespace.set_xattr(ROOT, b"user.a", b"1")
+    fails(errno.EEXIST, namespace.set_xattr, ROOT, b"user.a", b"2", 1)
+    fails(errno.ENODATA, namespace.set_xattr, ROOT, b"user.b", b"2", 2)
+    assert namespace.get_xattr(ROOT, b"user.a") == b"1" and namespace.list_xattrs(ROOT) == [b"user.a"]
+    namespace.remove_xattr(ROOT, b"user.a")
+    fails(errno.ENODATA, namespace.get_xattr, ROOT, b"user.a")
+
+
+def test_a_second_opener_is_refused_and_names_survive(tmp_path):
+    first = Database(tmp_path / "store")
+    Namespace(first).make(ROOT, b"kept", FILE, 0, 0)
+    with pytest.raises(StoreError, match="in use"):
+        Database(tmp_path / "store")
+    first.close()
+    again = Database(tmp_path / "store")
+    assert Namespace(again).lookup(ROOT, b"kept") is not None
+    again.close()
+
+
+def test_folders_that_are_no_store_are_refused_untouched(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(StoreError, match="not empty"):
+        Database(tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+    with pytest.raises(StoreError, match="missing"):
+        Database(tmp_path / "no" / "where")
+    Database(tmp_path / "s").close()
+    text = (tmp_path / "s" / "store.json").read_text()
+    (tmp_path / "s" / "store.json").write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(StoreError, match="99"):
+        Database(tmp_path / "s")

@@ -1,0 +1,126 @@
+"""Index and tiers together: blocks packed into an extent, placed, read back verified, dropped."""
+
+import os
+import stat
+
+import pytest
+
+from cascadefs.errors import CorruptRecord
+from cascadefs.ext import hashing
+from cascadefs.index import digest_of
+from cascadefs.namespace import ROOT
+from cascadefs.policies.lru import Lru
+from cascadefs.scheduler import MemoryState, may_promote, plan_eviction, stage_in_memory
+from cascadefs.tiers.cold import ColdTier, Piece, lease_is_free
+from cascadefs.tiers.files import FileTier
+from cascadefs.types import Home
+
+SIZES = [1, 4032, 4033, 300_000]
+
+
+@pytest.fixture
+def cold(tmp_path, database):
+    return ColdTier(tmp_path / "extents", database.identity.store_id, database.identity.secret)
+
+
+def stored(index, namespace, cold, database, tmp_path):
+    """A durable object of SIZES blocks shown by one inode: (ino, object)."""
+    data = [os.urandom(size) for size in SIZES]
+    (tmp_path / "data").write_bytes(b"".join(data))
+    fd = os.open(tmp_path / "data", os.O_RDONLY)
+    prints = [hashing.fingerprint(d, database.identity.secret) for d in data]
+    parts = [(f, size, None) for f, size in zip(prints, SIZES, strict=True)]
+    ino = namespace.make(ROOT, b"f", stat.S_IFREG | 0o644, 0, 0).ino
+    with database.transaction():
+        found = index.add(digest_of(sum(SIZES), prints), sum(SIZES), parts)
+        index.set_content(ino, Home.NONE, found.oid, sum(SIZES))
+    blocks, at, pieces = index.blocks(found.oid), 0, []
+    for block in blocks:
+        pieces.append(Piece(block.bid, block.fingerprint, fd, at, block.length))
+        at += block.length
+    placed, end = cold.append(1, cold.create(1), pieces)
+    os.close(fd)
+    assert index.place(placed, 1, end) == []
+    assert index.mark_durable(found.oid) == []
+    return ino, found
+
+
+def test_what_was_packed_is_read_back(index, namespace, cold, database, tmp_path):
+    ino, found = stored(index, namespace, cold, database, tmp_path)
+    whole = b""
+    for block in index.blocks(found.oid):
+        buffer, payload = cold.read(block.location, block.fingerprint)
+        whole += bytes(payload)
+        payload.release()
+        buffer.close()
+    assert whole == (tmp_path / "data").read_bytes()
+    assert namespace.get(ino).durable_oid == found.oid and index.refs(found.oid) == 2
+
+
+def test_a_flipped_byte_is_an_error_and_its_neighbour_is_not(index, namespace, cold, database, tmp_path):
+    _, found = stored(index, namespace, cold, database, tmp_path)
+    first, second, *_ = index.blocks(found.oid)
+    for at in (first.location.offset + 3, first.location.offset + 64):
+        with open(cold.path(1), "r+b") as f:
+            f.seek(at)
+            byte = f.read(1)
+            f.seek(at)
+            f.write(bytes([byte[0] ^ 1]))
+            f.flush()
+            with pytest.raises(CorruptRecord):
+                cold.read(first.location, first.fingerprint)
+            f.seek(at)
+            f.write(byte)
+    for block in (first, second):
+        buffer, payload = cold.read(block.location, block.fingerprint)
+        payload.release()
+        buffer.close()
+
+
+def test_the_last_reference_takes_object_and_blocks_along(index, namespace, cold, database, tmp_path):
+    ino, found = stored(index, namespace, cold, database, tmp_path)
+    dead = index.set_content(ino, Home.NONE, None, 0, keep_fallback=False)
+    assert sorted(at.length for at in dead) == sorted(SIZES)
+    assert index.find(found.digest) is None and index.totals()["unique_bytes"] == 0 and index.totals()["live_bytes"] == 0
+    before = cold.allocated_bytes()
+    for at in dead:
+        cold.punch(at)
+    assert cold.allocated_bytes() < before
+
+
+def test_a_piece_that_changed_is_not_written(cold, tmp_path, database):
+    (tmp_path / "p").write_bytes(b"new bytes")
+    fd = os.open(tmp_path / "p", os.O_RDONLY)
+    with pytest.raises(CorruptRecord, match="changed"):
+        cold.append(1, cold.create(1), [Piece(1, hashing.fingerprint(b"old bytes", database.identity.secret), fd, 0, 9)])
+    os.close(fd)
+
+
+def test_adoption_keeps_the_bytes_and_the_lease_tells_writers(tmp_path):
+    tier = FileTier(tmp_path / "tier")
+    fd = tier.create_staged(5)
+    writer = os.open(tier.staged_path(5), os.O_WRONLY)
+    os.write(writer, b"content")
+    assert not lease_is_free(fd)
+    os.close(writer)
+    assert lease_is_free(fd)
+    tier.adopt(5, bytes(16))
+    tier.drop_staged(5)
+    assert tier.staged() == [] and list(FileTier(tmp_path / "tier").objects) == [bytes(16)]
+    copy = tier.open_object(bytes(16))
+    assert os.pread(copy, 99, 0) == b"content"
+    tier.drop(bytes(16))
+    os.close(copy)
+    os.close(fd)
+    assert tier.objects == {} and tier.used_bytes() == 0
+
+
+def test_eviction_takes_the_oldest_that_may_go():
+    policy = Lru()
+    for key in "abcda":
+        policy.touched(key)
+    state = MemoryState(100, 90, {"a": 10, "b": 10, "d": 10})
+    assert plan_eviction(state, policy.victims()) == ["b", "d"]
+    assert plan_eviction(MemoryState(100, 80, state.evictable), policy.victims()) == []
+    assert stage_in_memory(MemoryState(100, 89, {})) and not stage_in_memory(MemoryState(100, 90, {}))
+    assert may_promote(state, 40) and not may_promote(state, 41) and not may_promote(MemoryState(100, 0, {}), 51)
