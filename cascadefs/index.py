@@ -47,6 +47,23 @@ class Index:
             raise LookupError(f"object {oid} is not in the index")
         return Object(row[0], row[1], row[2], bool(row[3]))
 
+    def find_oid(self, oid: int) -> Object | None:
+        """The object, if it still exists."""
+        row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE oid=?", (oid,)).fetchone()
+        return Object(row[0], row[1], row[2], bool(row[3])) if row else None
+
+    def newest_object(self) -> int:
+        """The highest number given to an object so far."""
+        return int(self._db.execute("SELECT coalesce(max(oid), 0) FROM objects").fetchone()[0])
+
+    def staged_inodes(self) -> list[int]:
+        """Inodes whose bytes are staged."""
+        return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE home > 0")]
+
+    def inodes_of(self, oid: int) -> list[int]:
+        """Inodes that show an object."""
+        return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=?", (oid,))]
+
     def refs(self, oid: int) -> int:
         """Number of references to an object."""
         row = self._db.execute("SELECT refs FROM objects WHERE oid=?", (oid,)).fetchone()
@@ -60,6 +77,15 @@ class Index:
             (oid,),
         )
         return [Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) for r in rows]
+
+    def block_at(self, oid: int, seq: int) -> Block | None:
+        """The block at place `seq` of an object."""
+        r = self._db.execute(
+            "SELECT b.bid, fingerprint, length, extent, offset FROM object_blocks o JOIN blocks b ON b.bid=o.bid "
+            "WHERE o.oid=? AND seq=?",
+            (oid, seq),
+        ).fetchone()
+        return Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) if r else None
 
     def find_block(self, fingerprint: bytes, length: int) -> int | None:
         """A block with that fingerprint."""
@@ -100,9 +126,9 @@ class Index:
         rows = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE durable=0 ORDER BY oid LIMIT ?", (limit,))
         return [Object(r[0], r[1], r[2], False) for r in rows]
 
-    def all_objects(self) -> list[Object]:
-        """Every object: for recovery."""
-        return [Object(r[0], r[1], r[2], bool(r[3])) for r in self._db.execute(f"SELECT {_OBJECT} FROM objects")]
+    def all_dirty(self) -> list[Object]:
+        """Every object that is not yet durable: for recovery."""
+        return self.dirty(-1)
 
     # --- references
 
@@ -253,6 +279,10 @@ class Index:
     def remember_sha256(self, oid: int, address: str) -> None:
         """Keep the public address of an object."""
         self._db.execute("UPDATE objects SET sha256=? WHERE oid=?", (address, oid))
+
+    def addresses(self) -> list[str]:
+        """Public addresses known so far, sorted."""
+        return [row[0] for row in self._db.execute("SELECT sha256 FROM objects WHERE sha256 IS NOT NULL ORDER BY sha256")]
 
     def by_address(self, address: str) -> Object | None:
         """An object whose public address was computed before."""

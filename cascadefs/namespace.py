@@ -156,6 +156,12 @@ class Namespace:
         size = len(target or b"")
         return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target)
 
+    def make_orphan(self, mode: int, home: int) -> Inode:
+        """An inode without a name: it holds content for a while; recovery deletes it."""
+        with self._database.transaction():
+            ino = self._insert(None, mode, 0, 0, 0, 0, time.time_ns(), None, home)
+        return self.get(ino)
+
     def _enter(self, parent: int, name: bytes, ino: int) -> None:
         cursor = self._db.execute("INSERT OR IGNORE INTO entries(parent, name, ino) VALUES(?,?,?)", (parent, name, ino))
         if cursor.rowcount == 0:

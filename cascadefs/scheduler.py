@@ -4,7 +4,7 @@ Watermarks, as shares of the capacity: above HIGH clean objects are evicted down
 files finds room without waiting); above FULL new files are staged in the cold tier.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 HIGH, LOW, FULL = 0.80, 0.70, 0.90
@@ -12,25 +12,27 @@ HIGH, LOW, FULL = 0.80, 0.70, 0.90
 
 @dataclass(frozen=True, slots=True)
 class MemoryState:
-    """Bytes of the memory tier, and of the copies that may go (`evictable`: key -> bytes)."""
+    """Bytes of the memory tier; its clean copies (key -> bytes), those of them that are in use, the bytes of the rest."""
 
     capacity_bytes: int
     used_bytes: int
-    evictable: Mapping[Hashable, int]
+    clean: Mapping[bytes, int]
+    in_use: Container[bytes]
+    evictable_bytes: int
 
 
-def plan_eviction(state: MemoryState, order: Iterable[Hashable], wanted_bytes: int = 0) -> list[Hashable]:
+def plan_eviction(state: MemoryState, order: Iterable[Hashable], wanted_bytes: int = 0) -> list[bytes]:
     """Keys to evict, in `order`, so that `wanted_bytes` more fit below the high watermark."""
     if state.used_bytes + wanted_bytes <= state.capacity_bytes * HIGH:
         return []
     excess = state.used_bytes + wanted_bytes - state.capacity_bytes * LOW
-    chosen: list[Hashable] = []
+    chosen: list[bytes] = []
     for key in order:
         if excess <= 0:
             break
-        if key in state.evictable:
+        if isinstance(key, bytes) and key in state.clean and key not in state.in_use:
             chosen.append(key)
-            excess -= state.evictable[key]
+            excess -= state.clean[key]
     return chosen
 
 
@@ -41,5 +43,5 @@ def stage_in_memory(state: MemoryState) -> bool:
 
 def may_promote(state: MemoryState, size_bytes: int) -> bool:
     """Whether an object of that size is brought to memory at all: it must not push out more than half of the tier."""
-    freeable = sum(state.evictable.values())
-    return size_bytes <= state.capacity_bytes // 2 and state.used_bytes - freeable + size_bytes <= state.capacity_bytes
+    unmovable = state.used_bytes - state.evictable_bytes
+    return size_bytes <= state.capacity_bytes // 2 and unmovable + size_bytes <= state.capacity_bytes

@@ -13,6 +13,9 @@ ORDER = [
     ["policies", "scheduler", "database"],
     ["namespace", "index"],
     ["tiers"],
+    ["live", "residency", "files", "sealing", "mover", "streams", "recovery"],
+    ["store", "stats"],
+    ["bench"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -117,10 +117,12 @@ def test_adoption_keeps_the_bytes_and_the_lease_tells_writers(tmp_path):
 
 def test_eviction_takes_the_oldest_that_may_go():
     policy = Lru()
-    for key in "abcda":
+    for key in (b"a", b"b", b"c", b"d", b"a"):
         policy.touched(key)
-    state = MemoryState(100, 90, {"a": 10, "b": 10, "d": 10})
-    assert plan_eviction(state, policy.victims()) == ["b", "d"]
-    assert plan_eviction(MemoryState(100, 80, state.evictable), policy.victims()) == []
-    assert stage_in_memory(MemoryState(100, 89, {})) and not stage_in_memory(MemoryState(100, 90, {}))
-    assert may_promote(state, 40) and not may_promote(state, 41) and not may_promote(MemoryState(100, 0, {}), 51)
+    clean = {b"a": 10, b"b": 10, b"d": 10}
+    state = MemoryState(100, 90, clean, (), 30)
+    assert plan_eviction(state, policy.victims()) == [b"b", b"d"]
+    assert plan_eviction(MemoryState(100, 90, clean, {b"b"}, 20), policy.victims()) == [b"d", b"a"]
+    assert plan_eviction(MemoryState(100, 80, clean, (), 30), policy.victims()) == []
+    assert stage_in_memory(MemoryState(100, 89, {}, (), 0)) and not stage_in_memory(MemoryState(100, 90, {}, (), 0))
+    assert may_promote(state, 40) and not may_promote(state, 41) and not may_promote(MemoryState(100, 0, {}, (), 0), 51)

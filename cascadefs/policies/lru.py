@@ -19,5 +19,5 @@ class Lru:
         self._order.pop(key, None)
 
     def victims(self) -> Iterable[Hashable]:
-        """A copy of the order, oldest first."""
-        return list(self._order)
+        """Oldest first. A view: do not touch while iterating."""
+        return iter(self._order)

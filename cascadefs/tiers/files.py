@@ -6,8 +6,9 @@ Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invari
 """
 
 import contextlib
+import errno
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -79,7 +80,11 @@ class FileTier:
         """Make a copy of an open file an object of this tier. Blocks."""
         partial = self.object_path(digest) + ".new"
         copy_file(source_fd, partial)
-        os.rename(partial, self.object_path(digest))
+        self.place_object(partial, digest)
+
+    def place_object(self, path: str, digest: bytes) -> None:
+        """A whole file at `path` (same filesystem) becomes the copy of an object."""
+        os.rename(path, self.object_path(digest))
         self.objects[digest] = os.stat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
@@ -92,9 +97,33 @@ class FileTier:
 
 
 def copy_file(source_fd: int, path: str) -> None:
-    """Copy all bytes of an open file, holes kept by copy_file_range where it can, into a new file at `path`. Blocks."""
+    """Copy the bytes of an open file into a new file at `path`; holes stay holes. Blocks."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as out, os.fdopen(os.open(f"/proc/self/fd/{source_fd}", os.O_RDONLY), "rb") as source:
-        shutil.copyfileobj(source, out, 4 << 20)
+    try:
+        size = os.fstat(source_fd).st_size
+        os.ftruncate(fd, size)
+        for start, end in data_ranges(source_fd, size):
+            os.lseek(fd, start, os.SEEK_SET)
+            while start < end:
+                sent = os.sendfile(fd, source_fd, start, min(end - start, 1 << 30))
+                if sent == 0:
+                    break  # it shrank meanwhile: what is missing reads as zeros
+                start += sent
+    finally:
+        os.close(fd)
+
+
+def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a file that are not holes."""
+    at = 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, at

@@ -1,0 +1,242 @@
+"""The life of a file's bytes while it is used: open, copy on write, truncate, release, delete.
+
+Owns: live inodes and the transition object -> staged (sealing.py owns the way back). Knows no names beyond inodes and no
+FUSE. Invariants:
+(1) Transitions of one inode happen under its lock; after each await inside, what was read before is read again.
+(2) The file gets its new name before the transaction, and loses the old one after: a crash leaves one name too many, never
+    one too few; recovery removes the one that the index does not know.
+(3) An object's bytes are never written: a writer gets a staged file first.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import trio
+
+from cascadefs.config import Settings
+from cascadefs.database import Database
+from cascadefs.errors import os_error
+from cascadefs.live import Handle, Live, Source, Sources
+from cascadefs.namespace import Namespace
+from cascadefs.residency import Residency
+from cascadefs.tiers.files import FileTier, copy_file
+from cascadefs.types import Home, Inode, Location, Object
+
+
+class Files:
+    """Contents of all inodes of one store. All methods run in the trio thread; bytes move in worker threads."""
+
+    def __init__(self, settings: Settings, database: Database, residency: Residency) -> None:
+        self.settings, self.database, self.residency = settings, database, residency
+        self.namespace, self.index = Namespace(database, os.getuid(), os.getgid()), residency.index
+        self.sources: Sources = residency.sources
+        self.live: dict[int, Live] = {}
+        self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
+        self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
+        self.dead: list[Location] = []  # records to punch once the index is synced
+        self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
+
+    def of(self, ino: int) -> Live:
+        """The running state of an inode, made when missing."""
+        found = self.live.get(ino)
+        if found is None:
+            found = self.live[ino] = Live(ino)
+        return found
+
+    def staged_path(self, inode: Inode) -> str:
+        """The file that holds the staged bytes of an inode."""
+        return self.residency.tier_of(inode.home).staged_path(inode.ino)
+
+    # --- open and release
+
+    async def open(self, ino: int, writable: bool, truncate: bool = False) -> Handle:
+        """Open for reading or writing. ESTALE: look the name up again (another inode stands behind it now)."""
+        live = self.of(ino)
+        try:
+            async with live.lock:
+                inode = self.namespace.get(ino)
+                if not inode.home and (writable or truncate):
+                    await self._stage(live, inode, 0 if truncate else None)
+                elif truncate:
+                    os.truncate(self.staged_path(inode), 0)
+                source = await self._source_for(live, self.namespace.get(ino))
+                return live.enter(source, writable)
+        finally:
+            self.forget_if_gone(ino)
+
+    def create_content(self, inode: Inode) -> Handle:
+        """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
+        fd = self.residency.tier_of(inode.home).create_staged(inode.ino)
+        return self.of(inode.ino).enter(self.sources.take(("staged", inode.ino), lambda: fd), True)
+
+    def release(self, handle: Handle) -> None:
+        """The last close of a handle."""
+        live = self.live[handle.ino]
+        live.leave(handle)
+        if handle.source is not None:
+            self.sources.release(handle.source)
+        if handle.writable and not live.writers:
+            self.seal_soon(handle.ino)
+        self.forget_if_gone(handle.ino)
+
+    def seal_soon(self, ino: int) -> None:
+        """Nobody writes to it any more, as far as we know."""
+        self.to_seal[ino] = time.monotonic() + self.settings.seal_delay
+        self.wake()
+
+    def forget_if_gone(self, ino: int) -> None:
+        """Drop the running state; drop the inode, too, when it has no name any more."""
+        live = self.live.get(ino)
+        if live is not None:
+            if live.handles or live.lock.locked():
+                return
+            del self.live[ino]
+        if ino in self.lookups:
+            return
+        inode = self.namespace.find(ino)
+        if inode is not None and inode.nlink == 0:
+            self.delete(inode)
+
+    def delete(self, inode: Inode) -> None:
+        """An inode without name and user goes, and what only it referred to."""
+        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid is not None}
+        digests = [self.index.object(oid).digest for oid in oids]
+        with self.database.transaction():
+            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
+            self.namespace.delete_inode(inode.ino)
+        self.to_seal.pop(inode.ino, None)
+        if inode.home:
+            self.residency.tier_of(inode.home).drop_staged(inode.ino)
+        self.residency.tidy(digests)
+
+    async def _source_for(self, live: Live, inode: Inode) -> Source | None:
+        """The backing file that serves this inode now, with one more user; None: stream."""
+        if live.source is not None:
+            return self.sources.share(live.source)
+        if inode.home:
+            path = self.staged_path(inode)
+            return self.sources.take(("staged", inode.ino), lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if inode.oid is None:
+            return None
+        found = self.index.object(inode.oid)
+        tier = self.residency.holder(found.digest)
+        if tier is None:
+            self.residency.misses += 1
+            if found.size_bytes > self.settings.promote_limit or not await self.residency.promote(found):
+                return None
+            tier = self.residency.holder(found.digest)
+            if tier is None:
+                return None
+        else:
+            self.residency.hits += 1
+            if tier is self.residency.memory:
+                self.residency.policy.touched(found.digest)
+        return self.sources.take(("object", found.digest), lambda: tier.open_object(found.digest))
+
+    # --- object -> staged: a writer comes
+
+    async def _stage(self, live: Live, inode: Inode, cut_at: int | None) -> None:
+        """Give an inode a staged file with its bytes (the first `cut_at` of them). Holds the lock of the inode."""
+        found = self.index.object(inode.oid) if inode.oid is not None else None
+        taken: FileTier | None = None
+        if found is None or (cut_at == 0 and live.source is None):
+            home = self.residency.home_for_new()
+            os.close(self.residency.tier_of(home).create_staged(inode.ino))
+        elif (taken := await self._take_over(live, inode, found)) is not None:
+            home = self.residency.home_of(taken)
+        else:
+            home = await self._stage_copy(inode, found)
+        path = self.residency.tier_of(home).staged_path(inode.ino)
+        if cut_at is not None:
+            os.truncate(path, cut_at)
+        else:
+            os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
+        self.dead += self.index.set_content(inode.ino, home, None, inode.size)
+        if found is not None and taken is not None:
+            self.residency.drop(taken, found.digest)
+        elif found is not None:
+            self.residency.tidy([found.digest])
+
+    async def _take_over(self, live: Live, inode: Inode, found: Object) -> FileTier | None:
+        """The object's own file becomes the staged one, so that readers of this inode see the writes. None: copy instead.
+
+        ESTALE when readers of other inodes hold that file: the names move to a new inode, the readers keep the old.
+        """
+        tier = self.residency.holder(found.digest)
+        shared = self.index.refs(found.oid) > 1 and not found.durable
+        if live.source is None:
+            if tier is None or shared or self.sources.find(("object", found.digest)) is not None:
+                return None
+            tier.unadopt(found.digest, inode.ino)
+            return tier
+        assert tier is not None and live.source.key == ("object", found.digest)
+        if shared and live.source.users == live.sourced:
+            other = self.residency.parking if tier is self.residency.memory else self.residency.memory
+            await trio.to_thread.run_sync(other.copy_object, live.source.fd, found.digest)
+        if live.source.users > live.sourced:
+            self._move_names(inode.ino)
+            raise os_error(errno.ESTALE, f"inode {inode.ino}")
+        tier.unadopt(found.digest, inode.ino)
+        self.sources.rename(live.source, ("staged", inode.ino))
+        return tier
+
+    def _move_names(self, ino: int) -> None:
+        with self.database.transaction():
+            self.index.ref_copies(self.namespace.replace_inode(ino))
+
+    async def _stage_copy(self, inode: Inode, found: Object) -> Home:
+        """A fresh staged file, filled from the best copy."""
+        home = self.residency.home_for_new()
+        path = self.residency.tier_of(home).staged_path(inode.ino)
+        holder = self.residency.holder(found.digest)
+        if holder is None:
+            self.residency.make_room(found.size_bytes)
+            await trio.to_thread.run_sync(self.residency.materialize, self.index.blocks(found.oid), path)
+            return home
+        fd = holder.open_object(found.digest)
+        try:
+            await trio.to_thread.run_sync(copy_file, fd, path)
+        finally:
+            os.close(fd)
+        return home
+
+    async def truncate(self, ino: int, size_bytes: int) -> None:
+        """truncate(2), by path or by handle. ESTALE as in open()."""
+        live = self.of(ino)
+        try:
+            async with live.lock:
+                inode = self.namespace.get(ino)
+                if inode.home:
+                    os.truncate(self.staged_path(inode), size_bytes)
+                else:
+                    await self._stage(live, inode, size_bytes)
+        finally:
+            if not live.writers:
+                self.seal_soon(ino)
+            self.forget_if_gone(ino)
+
+    # --- attributes
+
+    def attributes(self, ino: int) -> tuple[Inode, int]:
+        """(inode with the size and times of its staged file, number of 512-byte blocks)."""
+        return self.with_staged(self.namespace.get(ino))
+
+    def with_staged(self, inode: Inode) -> tuple[Inode, int]:
+        """As attributes(), for a row that was just read."""
+        if not inode.home:
+            return inode, -(-inode.size // 512)
+        found = os.stat(self.staged_path(inode))
+        changed = max(inode.ctime_ns, found.st_mtime_ns)
+        return replace(inode, size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=changed), found.st_blocks
+
+    def set_times(self, ino: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """utimensat(2); None leaves one as it is."""
+        inode, _ = self.attributes(ino)
+        atime = inode.atime_ns if atime_ns is None else atime_ns
+        mtime = inode.mtime_ns if mtime_ns is None else mtime_ns
+        if inode.home:
+            os.utime(self.staged_path(inode), ns=(atime, mtime))
+        self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())

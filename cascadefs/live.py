@@ -1,0 +1,115 @@
+"""What is open right now: sources (backing files, shared) and live inodes (handles and how they may be served).
+
+Owns: descriptors of backing files and their counts. Knows no index and no tier. Never awaits. Invariants:
+(1) A source is closed exactly when its last user let go; `closing` runs just before (the mount drops its backing id there).
+(2) While an inode has a source, every open of it uses that source: kernel passthrough allows no other.
+(3) `Live.source` has the key ("staged", ino) while the inode is staged, ("object", digest) while it shows an object.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+Key = tuple[str, object]
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """An open backing file. `fd` is read-only and belongs to this object; `backing_id` is the mount's to use."""
+
+    key: Key
+    fd: int
+    users: int = 0
+    backing_id: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Handle:
+    """One open(2) of a file. `source` is None when the bytes are streamed from extents (or there are none).
+
+    `direct`: the kernel must neither cache nor pass through, because other handles of the inode are served that way.
+    """
+
+    ino: int
+    writable: bool
+    source: Source | None
+    direct: bool
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """The running state of one inode: numbers of its handles by kind, and the lock of its transitions."""
+
+    ino: int
+    source: Source | None = None
+    handles: int = 0
+    writers: int = 0
+    directs: int = 0
+    sourced: int = 0
+    lock: trio.Lock = field(default_factory=trio.Lock)
+
+    def enter(self, source: Source | None, writable: bool) -> Handle:
+        """Count a new handle; `source` already counts it as a user."""
+        handle = Handle(self.ino, writable, source, source is None or self.directs > 0)
+        self.handles += 1
+        self.writers += writable
+        self.directs += handle.direct
+        self.sourced += source is not None
+        self.source = source or self.source
+        return handle
+
+    def leave(self, handle: Handle) -> None:
+        """The reverse of enter(); the caller releases the source."""
+        self.handles -= 1
+        self.writers -= handle.writable
+        self.directs -= handle.direct
+        self.sourced -= handle.source is not None
+        if not self.sourced:
+            self.source = None
+
+
+class Sources:
+    """All open backing files by key: ("staged", ino) or ("object", digest)."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[Key, Source] = {}
+        self.closing: Callable[[Source], None] = lambda source: None
+
+    def find(self, key: Key) -> Source | None:
+        """The source of that key, if open."""
+        return self._by_key.get(key)
+
+    def open_objects(self) -> set[bytes]:
+        """Digests of the objects that somebody has open."""
+        return {digest for kind, digest in self._by_key if kind == "object" and isinstance(digest, bytes)}
+
+    def share(self, source: Source) -> Source:
+        """One more user."""
+        source.users += 1
+        return source
+
+    def take(self, key: Key, open_fd: Callable[[], int]) -> Source:
+        """The source of that key with one more user; opened when it is not."""
+        source = self._by_key.get(key)
+        if source is None:
+            source = self._by_key[key] = Source(key, open_fd())
+        return self.share(source)
+
+    def release(self, source: Source) -> None:
+        """One user less; closes after the last."""
+        source.users -= 1
+        if source.users:
+            return
+        if self._by_key.get(source.key) is source:
+            del self._by_key[source.key]
+        self.closing(source)
+        os.close(source.fd)
+
+    def rename(self, source: Source, key: Key) -> None:
+        """The file got another role (sealed, or opened for writing); its users keep it."""
+        if self._by_key.get(source.key) is source:
+            del self._by_key[source.key]
+        source.key = key
+        self._by_key.setdefault(key, source)

@@ -1,0 +1,271 @@
+"""Moves contents behind the applications: seals what was closed, flushes what is dirty, evicts what is clean, gives space back.
+
+Owns: the tasks, the open extent, the order "data, sync, index, sync, then drop or punch". Decides nothing: scheduler.py,
+the policy and the lease do. Invariants:
+(1) One flush at a time: the open extent has one writer.
+(2) A copy in memory becomes clean only after the commit that locates its blocks was synced.
+(3) Records are punched, extents deleted, only after the commit that forgot them was synced.
+(4) Work per round is bounded (settings.batch_size), so that fsync of one file waits for one round at most before its own.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+
+import trio
+
+from cascadefs.errors import CorruptRecord, os_error
+from cascadefs.files import Files
+from cascadefs.sealing import Sealer
+from cascadefs.tiers.cold import Piece
+from cascadefs.types import Location, Object
+
+log = logging.getLogger(__name__)
+IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
+BACKOFF_S = 1.0  # after an error of the cold tier's medium
+OBJECTS_PER_ROUND = 2048
+
+
+class Mover:
+    """Background work of one store. `run()` in a nursery; the other methods may be awaited by anybody."""
+
+    def __init__(self, files: Files, sealer: Sealer) -> None:
+        self.files, self.sealer = files, sealer
+        self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
+        self.last_error: OSError | None = None
+        self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
+        self._lock = trio.Lock()
+        self._event = trio.Event()
+        files.wake = self._wake
+
+    def _wake(self) -> None:
+        self._event.set()
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._forever, self._seal_round)
+            nursery.start_soon(self._forever, self._flush_round)
+            nursery.start_soon(self._keep_room)
+
+    async def _forever(self, work: Callable[[], Awaitable[bool]]) -> None:
+        """Rounds while there is work; else sleep until woken, or a little."""
+        while True:
+            try:
+                busy = await work()
+            except OSError as e:
+                log.error("%s", e)
+                self.last_error = e
+                await trio.sleep(BACKOFF_S)
+                continue
+            if busy:
+                await trio.lowlevel.checkpoint()
+            elif self.files.to_seal:
+                await trio.sleep(IDLE_S / 5)
+            else:
+                with trio.move_on_after(1):
+                    await self._event.wait()
+                self._event = trio.Event()
+
+    async def _seal_round(self) -> bool:
+        return await self.sealer.seal_due() > 0
+
+    async def _flush_round(self) -> bool:
+        done = await self.flush_batch(())
+        if done:
+            self.last_error = None
+        return done > 0
+
+    async def _keep_room(self) -> None:
+        while True:
+            self.residency.make_room()
+            await trio.sleep(IDLE_S)
+
+    # --- dirty -> durable
+
+    async def flush_batch(self, first: Sequence[int]) -> int:
+        """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
+        async with self._lock:
+            chosen = self._choose(first)
+            pieces, fds = self._pieces(chosen)
+            try:
+                if pieces:
+                    await self._append(pieces)
+            except CorruptRecord as e:
+                await self._set_aside(chosen, e)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            await self._commit(chosen)
+            if chosen or self.files.dead:
+                await self._give_back()
+        return len(chosen)
+
+    def _choose(self, first: Sequence[int]) -> list[Object]:
+        wanted = [found for oid in first if (found := self.index.find_oid(oid)) and not found.durable]
+        chosen, total = list[Object](), 0
+        for found in [*wanted, *self.index.dirty(OBJECTS_PER_ROUND)]:
+            if found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
+                continue
+            if chosen and total + found.size_bytes > self.files.settings.batch_size:
+                break
+            chosen.append(found)
+            total += found.size_bytes
+        return chosen
+
+    def _pieces(self, objects: Sequence[Object]) -> tuple[list[Piece], list[int]]:
+        """(blocks that have no place yet, each once; descriptors to close), from the copies of the objects."""
+        pieces, fds, seen = list[Piece](), list[int](), set[int]()
+        for found in objects:
+            blocks = self.index.blocks(found.oid)
+            if all(block.location is not None or block.bid in seen for block in blocks):
+                continue
+            tier = self.residency.holder(found.digest)
+            if tier is None:
+                continue
+            fds.append(tier.open_object(found.digest))
+            offset = 0
+            for block in blocks:
+                if block.location is None and block.bid not in seen:
+                    seen.add(block.bid)
+                    pieces.append(Piece(block.bid, block.fingerprint, fds[-1], offset, block.length))
+                offset += block.length
+        return pieces, fds
+
+    async def _append(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces to the open extent (the next one when it is full) and commit where they lie."""
+        for part in _parts(pieces, self.files.settings.batch_size):
+            number, position = await self._open_extent()
+            write = partial(self.cold.append, number, position, part)
+            placed, end = await trio.to_thread.run_sync(write)
+            self.files.dead += self.index.place(placed, number, end)
+            if end >= self.files.settings.extent_size:
+                await self._seal_extent(number, end)
+
+    async def _open_extent(self) -> tuple[int, int]:
+        found = self.index.open_extent()
+        if found is None:
+            number = self.index.next_extent()
+            size = await trio.to_thread.run_sync(self.cold.create, number)
+            self.index.place((), number, size)
+            return number, size
+        return found
+
+    async def _seal_extent(self, number: int, end: int) -> None:
+        records = self.index.extent_records(number)
+        size = await trio.to_thread.run_sync(partial(self.cold.seal, number, end, records))
+        self.index.seal_extent(number, size)
+
+    async def _set_aside(self, objects: Sequence[Object], why: CorruptRecord) -> None:
+        """Some copy did not match its fingerprint. One that was opened for writing meanwhile is no object any more;
+        one whose copy is really damaged is set aside, so that it stops nobody else."""
+        for found in objects:
+            now = self.index.find_oid(found.oid)
+            tier = self.residency.holder(found.digest)
+            if now is None or tier is None:
+                continue
+            fd = tier.open_object(found.digest)
+            try:
+                content = await trio.to_thread.run_sync(self.sealer.matches, fd, self.index.blocks(found.oid))
+            finally:
+                os.close(fd)
+            if not content and self.index.find_oid(found.oid) is not None:
+                log.error("object %s is damaged in memory and cannot be flushed: %s", found.digest.hex(), why)
+                self.unflushable.add(found.oid)
+
+    async def _commit(self, objects: Sequence[Object]) -> None:
+        """Objects whose blocks all have a place are durable; after the sync their copies are clean."""
+        ready = []
+        with self.files.database.transaction():
+            for found in objects:
+                now = self.index.find_oid(found.oid)
+                if now is None:
+                    continue
+                if all(block.location is not None for block in self.index.blocks(found.oid)):
+                    self.files.dead += self.index.mark_durable(found.oid)
+                    ready.append(found.digest)
+                elif self.residency.holder(found.digest) is None:
+                    log.error("object %s is dirty and has no copy", found.digest.hex())
+                    self.unflushable.add(found.oid)
+        if ready:
+            await trio.to_thread.run_sync(self.files.database.sync)
+        for digest in ready:
+            if (durable := self.index.find(digest)) is not None and durable.durable:
+                self.residency.mark_clean(digest)
+        self.residency.tidy(ready)
+
+    async def _give_back(self) -> None:
+        """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
+        dead, self.files.dead = self.files.dead, []
+        gone = self.index.dead_extents()
+        if not dead and not gone:
+            return
+        await trio.to_thread.run_sync(self.files.database.sync)
+        await trio.to_thread.run_sync(self._punch, dead)
+        for number in gone:
+            self.index.forget_extent(number)
+            self.cold.remove(number)
+
+    def _punch(self, dead: Sequence[Location]) -> None:
+        for location in dead:
+            with contextlib.suppress(OSError):  # the space stays with a dead record: a leak until the extent dies, no loss
+                self.cold.punch(location)
+
+    # --- waiting for durability
+
+    async def make_durable(self, oid: int) -> None:
+        """Return when the object is durable and synced. EIO when its only copy is damaged; the medium's error otherwise."""
+        while (found := self.index.find_oid(oid)) is not None and not found.durable:
+            if oid in self.unflushable:
+                raise os_error(errno.EIO, "the only copy of this content is damaged")
+            await self.flush_batch((oid,))
+
+    async def fsync(self, ino: int) -> None:
+        """Data and name of one file are durable afterwards."""
+        inode = self.files.namespace.get(ino)
+        if inode.home and inode.nlink and not await self.sealer.seal(ino):
+            holder = await self.sealer.snapshot(ino)
+            if holder is not None:
+                held = self.files.namespace.get(holder)
+                try:
+                    if held.oid is not None:
+                        await self.make_durable(held.oid)
+                    self.sealer.settle(ino, holder)
+                finally:
+                    self.files.forget_if_gone(holder)
+        elif (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
+            await self.make_durable(now.oid)
+        await trio.to_thread.run_sync(self.files.database.sync)
+
+    async def flush_all(self) -> None:
+        """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
+        busy = [ino for ino in self.index.staged_inodes() if not await self.sealer.seal(ino)]
+        last = self.index.newest_object()
+        while self._has_dirty(last):
+            await self.flush_batch(())
+        for ino in busy:
+            if self.files.namespace.find(ino) is not None:
+                await self.fsync(ino)
+        await trio.to_thread.run_sync(self.files.database.sync)
+        if self.unflushable:
+            raise os_error(errno.EIO, f"{len(self.unflushable)} damaged objects could not be flushed")
+
+    def _has_dirty(self, last: int) -> bool:
+        dirty = self.index.dirty(len(self.unflushable) + 1)
+        return any(found.oid <= last and found.oid not in self.unflushable for found in dirty)
+
+
+def _parts(pieces: Sequence[Piece], limit_bytes: int) -> Iterator[list[Piece]]:
+    """Groups of at most `limit_bytes`, or of one piece."""
+    part, total = list[Piece](), 0
+    for piece in pieces:
+        if part and total + piece.length > limit_bytes:
+            yield part
+            part, total = [], 0
+        part.append(piece)
+        total += piece.length
+    if part:
+        yield part

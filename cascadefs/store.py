@@ -1,0 +1,165 @@
+"""A whole store: its parts put together, and the library's own door to it (put, get) without a mount.
+
+Owns: the composition, opening and closing. Does not know FUSE. Invariant: a Store that could be constructed is consistent
+(recovery.py has run) and holds the lock of its folder until close().
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import stat
+from functools import partial
+from typing import Any
+
+import trio
+
+from cascadefs.config import Settings
+from cascadefs.database import Database
+from cascadefs.errors import os_error
+from cascadefs.files import Files
+from cascadefs.index import Index
+from cascadefs.live import Sources
+from cascadefs.mover import Mover
+from cascadefs.namespace import ROOT
+from cascadefs.policies.lru import Lru
+from cascadefs.recovery import recover
+from cascadefs.residency import Residency
+from cascadefs.sealing import Sealer
+from cascadefs.streams import Streams
+from cascadefs.tiers.cold import ColdTier
+from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.shm import ShmTier
+from cascadefs.types import Inode
+
+ADDRESS_DIGITS = 32  # the public address is this much of the SHA-256, as the ancestor had it
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """Open it, run `run()` in a nursery, use it in the same trio thread, `await flush()`, `close()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then."""
+        self.settings = settings
+        self.database = Database(settings.store)
+        try:
+            identity = self.database.identity
+            memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
+            parking = FileTier(settings.store / "parking")
+            cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
+            self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
+            self.files = Files(settings, self.database, self.residency)
+            self.recovered = recover(self.files)
+        except BaseException:
+            self.database.close()
+            raise
+        self.namespace, self.index = self.files.namespace, self.residency.index
+        self.sealer = Sealer(self.files)
+        self.mover = Mover(self.files, self.sealer)
+        self.streams = Streams(self.files)
+
+    async def run(self) -> None:
+        """Seal, flush and evict until cancelled."""
+        await self.mover.run()
+
+    async def flush(self) -> None:
+        """Everything closed before is durable in the cold tier afterwards."""
+        await self.mover.flush_all()
+
+    def close(self) -> None:
+        """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
+        self.database.close()
+
+    def release_memory(self) -> None:
+        """Give the memory tier back. Only after flush() and when nothing is open."""
+        if self.index.dirty(1) or self.index.staged_inodes():
+            log.warning("the memory tier is kept: it holds what is not yet durable")
+            return
+        self.residency.memory.release()
+
+    # --- the library's door
+
+    def find(self, path: str) -> Inode:
+        """The inode at a path such as "a/b"; ENOENT when there is none."""
+        inode = self.namespace.get(ROOT)
+        for part in path.strip("/").split("/"):
+            found = self.namespace.lookup(inode.ino, os.fsencode(part))
+            if found is None:
+                raise os_error(errno.ENOENT, path)
+            inode = found
+        return inode
+
+    async def put(self, path: str, data: bytes) -> None:
+        """Write a whole file; its folder must exist. Replaces what was there, for readers at once."""
+        folder, _, name = path.strip("/").rpartition("/")
+        parent = self.find(folder).ino if folder else ROOT
+        known = self.namespace.lookup(parent, os.fsencode(name))
+        if known is None:
+            home = self.residency.home_for_new()
+            mode = stat.S_IFREG | 0o644
+            known = self.namespace.make(parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
+            handle = self.files.create_content(known)
+        else:
+            handle = await self.files.open(known.ino, writable=True, truncate=True)
+        try:
+            await trio.to_thread.run_sync(_write, self.files.staged_path(self.namespace.get(known.ino)), data)
+        finally:
+            self.files.release(handle)
+
+    async def get(self, path: str) -> bytes:
+        """The bytes of a whole file."""
+        inode, _ = self.files.attributes(self.find(path).ino)
+        handle = await self.files.open(inode.ino, writable=False)
+        try:
+            return await self.streams.read(inode.ino, 0, inode.size)
+        finally:
+            self.files.release(handle)
+
+    # --- what is known of one file
+
+    async def address(self, oid: int) -> str:
+        """The public address of an object; computed once, then remembered."""
+        known = self.index.sha256(oid)
+        if known is None:
+            digest, size = hashlib.sha256(), self.index.object(oid).size_bytes
+            for offset in range(0, size, self.index.block_bytes):
+                part = await self.streams.read_object(oid, offset, min(self.index.block_bytes, size - offset))
+                await trio.to_thread.run_sync(partial(digest.update, part))
+            known = digest.hexdigest()[:ADDRESS_DIGITS]
+            self.index.remember_sha256(oid, known)
+        return known
+
+    def tier(self, inode: Inode) -> str:
+        """Where the next reader finds the bytes: shm or cold."""
+        if inode.home:
+            return "shm" if self.residency.tier_of(inode.home) is self.residency.memory else "cold"
+        if inode.oid is None:
+            return "shm"
+        return "shm" if self.index.object(inode.oid).digest in self.residency.memory.objects else "cold"
+
+    async def info(self, ino: int) -> dict[str, Any]:
+        """What `cascadefs info` shows. A staged file without writers is sealed first, so that it has a hash."""
+        await self.sealer.seal(ino)
+        inode, _ = self.files.attributes(ino)
+        blocks = self.index.blocks(inode.oid) if inode.oid is not None else []
+        found = self.index.object(inode.oid) if inode.oid is not None else None
+        return {
+            "inode": ino,
+            "size_bytes": inode.size,
+            "state": "staged" if inode.home else "object" if found else "empty",
+            "tier": self.tier(inode),
+            "hash": found.digest.hex() if found else None,
+            "sha256": await self.address(found.oid) if found else None,
+            "durable": found.durable if found else not inode.home,
+            "blocks": len(blocks),
+            "extents": sorted({block.location.extent for block in blocks if block.location}),
+            "references": len(self.index.inodes_of(found.oid)) if found else 0,
+        }
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "r+b", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]

@@ -1,0 +1,242 @@
+"""A store without a mount: seal, dedup, flush, eviction, copy on write, recovery after the loss of memory or of the process."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import trio
+
+from cascadefs.config import MIB, Settings
+from cascadefs.errors import StoreError
+from cascadefs.namespace import ROOT
+from cascadefs.stats import metrics, status
+from cascadefs.store import Store
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "shm").mkdir()
+    return Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
+
+
+@asynccontextmanager
+async def opened(settings):
+    """An open store with its tasks running; afterwards closed as a killed process leaves it: nothing is flushed."""
+    store = Store(settings)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            yield store
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+@pytest.fixture(autouse=True)
+def no_mount_left(settings):
+    yield
+    for folder in settings.shm_dir.iterdir():
+        if os.path.ismount(folder):
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def wipe_memory(settings):
+    for folder in settings.shm_dir.glob("cascadefs-*/*"):
+        shutil.rmtree(folder)
+
+
+def in_extents(settings):
+    return sum(f.stat().st_size for f in (settings.store / "extents").iterdir())
+
+
+async def test_equal_contents_are_stored_once_and_part_when_one_changes(settings):
+    data = os.urandom(9 * MIB)
+    async with opened(settings) as store:
+        for i in range(20):
+            await store.put(f"f{i}", data)
+        await store.flush()
+        figures = status(store, {})
+        assert figures["dedup_ratio"] == 20 and figures["unique_bytes"] == len(data)
+        assert in_extents(settings) < 1.02 * len(data)
+        await store.put("f3", b"x" + data[1:])
+        await store.flush()
+        assert await store.get("f3") == b"x" + data[1:]
+        assert [await store.get(f"f{i}") for i in (2, 4)] == [data, data]
+        # Only the first block of f3 is new.
+        assert status(store, {})["unique_bytes"] == len(data) + 4 * MIB
+        assert b'cascadefs_tier_used_bytes{tier="cold"}' in metrics(status(store, {}))
+
+
+async def test_many_small_files_end_in_one_extent(settings):
+    async with opened(settings) as store:
+        contents = {f"n{i}": os.urandom(20_000) for i in range(300)}
+        for name, data in contents.items():
+            await store.put(name, data)
+        await store.flush()
+        assert len(list((settings.store / "extents").iterdir())) == 1
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        for name, data in contents.items():
+            assert await store.get(name) == data
+
+
+async def test_what_was_flushed_survives_the_loss_of_memory_and_the_rest_falls_back_or_is_absent(settings):
+    async with opened(settings) as store:
+        await store.put("kept", b"one" * 5000)
+        await store.put("changed", b"before" * 1000)
+        await store.flush()
+    settings = replace(settings, seal_delay=60.0)
+    async with opened(settings) as store:
+        await store.put("changed", b"after" * 1000)
+        await store.put("new", b"never flushed")
+        assert await store.get("changed") == b"after" * 1000
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        assert (store.recovered.fallen_back, store.recovered.absent) == (1, 1)
+        assert await store.get("kept") == b"one" * 5000
+        assert await store.get("changed") == b"before" * 1000
+        with pytest.raises(FileNotFoundError):
+            await store.get("new")
+
+
+async def test_a_file_larger_than_the_promotion_limit_is_streamed(settings):
+    settings = replace(settings, promote_limit=0)
+    data = os.urandom(13 * MIB + 17)
+    async with opened(settings) as store:
+        await store.put("big", data)
+        await store.flush()
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        assert await store.get("big") == data
+        assert not store.residency.memory.objects
+        ino = store.find("big").ino
+        assert await store.streams.read(ino, 4 * MIB - 5, 10) == data[4 * MIB - 5 : 4 * MIB + 5]
+        assert await store.streams.read(ino, len(data) - 3, 100) == data[-3:]
+        assert await store.streams.read(ino, len(data) + 5, 100) == b""
+
+
+async def test_three_times_the_memory_goes_through_and_comes_back(settings):
+    contents = {f"w{i}": os.urandom(8 * MIB) for i in range(24)}
+    async with opened(settings) as store:
+        for name, data in contents.items():
+            await store.put(name, data)
+        await store.flush()
+        with trio.fail_after(20):
+            while store.residency.under_pressure():
+                await trio.sleep(0.02)
+        assert store.residency.evicted > 0
+        for name, data in contents.items():
+            assert await store.get(name) == data
+
+
+async def test_fsync_of_a_file_with_a_writer_is_durable(settings):
+    async with opened(settings) as store:
+        inode = store.namespace.make(ROOT, b"log", stat.S_IFREG | 0o600, 0, 0, home=1)
+        handle = store.files.create_content(inode)
+        path = store.files.staged_path(store.namespace.get(inode.ino))
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, b"first line\n")
+        await store.mover.fsync(inode.ino)
+        os.write(fd, b"second line\n")
+        os.close(fd)
+        assert not store.namespace.orphans()
+        del handle
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        assert await store.get("log") == b"first line\n"
+
+
+async def test_readers_see_what_a_later_writer_writes_and_other_names_do_not(settings):
+    async with opened(settings) as store:
+        await store.put("a", b"old" * 100)
+        await store.put("b", b"old" * 100)
+        await store.flush()
+        reader = await store.files.open(store.find("a").ino, writable=False)
+        writer = await store.files.open(store.find("a").ino, writable=True)
+        assert writer.source is reader.source
+        fd = os.open(store.files.staged_path(store.find("a")), os.O_WRONLY)
+        os.write(fd, b"NEW")
+        os.close(fd)
+        assert os.pread(reader.source.fd, 6, 0) == b"NEWold"
+        store.files.release(reader)
+        store.files.release(writer)
+        await store.flush()
+        assert await store.get("b") == b"old" * 100 and await store.get("a") == b"NEW" + b"old" * 99
+
+
+async def test_a_writer_gets_a_new_inode_when_readers_of_another_name_hold_the_file(settings):
+    async with opened(settings) as store:
+        await store.put("a", b"same" * 100)
+        await store.put("b", b"same" * 100)
+        await store.flush()
+        first, second = [await store.files.open(store.find(name).ino, writable=False) for name in ("a", "b")]
+        assert first.source is second.source
+        old = store.find("a").ino
+        with pytest.raises(OSError, match="inode"):
+            await store.files.open(old, writable=True)
+        assert store.find("a").ino != old
+        await store.put("a", b"other")
+        assert os.pread(first.source.fd, 4, 0) == b"same" and await store.get("b") == b"same" * 100
+        store.files.release(first)
+        store.files.release(second)
+        assert store.namespace.find(old) is None
+        assert await store.get("a") == b"other"
+
+
+async def test_references_equal_a_recount_after_all_names_are_gone(settings):
+    async with opened(settings) as store:
+        for i in range(12):
+            await store.put(f"f{i}", bytes([i % 3]) * 100_000)
+        await store.flush()
+        for i in range(12):
+            store.files.forget_if_gone(store.namespace.unlink(ROOT, b"f%d" % i).ino)
+        await store.flush()
+        totals = store.index.totals()
+        assert (totals["objects"], totals["unique_bytes"], totals["live_bytes"]) == (0, 0, 0)
+        assert not store.residency.memory.objects and not store.residency.parking.objects
+
+
+async def test_a_sparse_terabyte_is_sealed_and_comes_back(settings):
+    async with opened(settings) as store:
+        await store.put("sparse", b"head")
+        await store.files.truncate(store.find("sparse").ino, 1 << 38)
+        with trio.fail_after(60):
+            await store.flush()
+        assert in_extents(settings) < 20 * MIB
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        ino = store.find("sparse").ino
+        assert await store.streams.read(ino, 0, 8) == b"head" + bytes(4)
+        assert await store.streams.read(ino, (1 << 38) - 4, 8) == bytes(4)
+
+
+async def test_info_tells_where_a_file_is(settings):
+    async with opened(settings) as store:
+        await store.put("f", b"abc")
+        await store.put("g", b"abc")
+        await store.flush()
+        told = await store.info(store.find("f").ino)
+        assert told["sha256"] == "ba7816bf8f01cfea414140de5dae2223" and told["references"] == 2
+        assert told["tier"] == "shm" and told["durable"] and told["blocks"] == 1 and told["extents"] == [1]
+        assert store.index.by_address(told["sha256"]).digest.hex() == told["hash"]
+
+
+async def test_a_store_in_use_is_refused(settings):
+    async with opened(settings):
+        code = textwrap.dedent(f"""
+            from pathlib import Path
+            from cascadefs.config import Settings
+            from cascadefs.store import Store
+            Store(Settings(store=Path({str(settings.store)!r}), shm_dir=Path({str(settings.shm_dir)!r})))
+        """)
+        done = await trio.run_process([sys.executable, "-c", code], check=False, capture_stderr=True)
+        assert done.returncode and b"in use by a live mount" in done.stderr
+    (settings.store / "store.json").write_text('{"format": 99}')
+    with pytest.raises(StoreError, match="format 99"):
+        Store(settings)
