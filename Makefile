@@ -1,14 +1,24 @@
-# make build | test | lint | clean
+# make mount | umount | build | test | test-clients | lint | bench | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
+CLIENTS := .venv-clients
+MNT ?= /cascade
+PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: build test lint system clean
+.PHONY: mount umount build test test-clients lint bench system clean
+
+mount: build
+	@$(VENV)/bin/cascadefs mount $(MNT)
+	@echo "next: use $(MNT) like any folder; $(VENV)/bin/cascadefs status; make umount MNT=$(MNT)"
+
+umount: build
+	@$(VENV)/bin/cascadefs umount $(MNT)
 
 build: $(VENV)/.built
 
@@ -30,7 +40,7 @@ $(VENV)/.python: | system
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.python | system
 	@echo "building cascadefs and its kernels"
-	@$(PY) -m pip install -q --disable-pip-version-check "setuptools>=66" wheel "Cython>=3.0.11" "numpy>=1.26"
+	@$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "Cython>=3.0.11" "numpy>=1.26"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	@touch $@
 
@@ -48,5 +58,27 @@ lint: $(VENV)/.dev
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml -p cascadefs
 	$(PY) setup.py -q build_ext --build-temp build/lint --build-lib build/lint --force
 
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/requirements-engines.txt | system
+	@echo "installing the clients into $(CLIENTS) (about 2 GB with PyTorch)"
+	@/usr/bin/env python3 -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
+	@$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/clients/requirements-engines.txt
+	@touch $@
+
+# SIGINT, because pytest then still unmounts.
+test-clients: $(VENV)/.built $(CLIENTS)/.installed
+	timeout -s INT -k 60 900 $(CLIENTS)/bin/python -m pytest -q tests/clients
+
+# pyfuse3's example is not part of the installed package: it comes out of the source archive.
+$(VENV)/share/passthroughfs.py: | build
+	@mkdir -p $(VENV)/share $(VENV)/tmp
+	@$(PY) -m pip download -q --disable-pip-version-check --no-binary :all: --no-deps -d $(VENV)/tmp pyfuse3==$(PYFUSE3)
+	@tar -xzf $(VENV)/tmp/pyfuse3-$(PYFUSE3).tar.gz -C $(VENV)/tmp
+	@cp $(VENV)/tmp/pyfuse3-$(PYFUSE3)/examples/passthroughfs.py $@
+
+bench: build
+	@$(MAKE) -s $(VENV)/share/passthroughfs.py || echo "pyfuse3's example cannot be fetched: its column will be missing"
+	$(VENV)/bin/cascadefs bench io --json bench.json
+
 clean:
-	rm -rf $(VENV) build *.egg-info cython_ext/*.c cython_ext/*.so
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info cython_ext/*.c cython_ext/*.so

@@ -17,6 +17,7 @@ setup(
             Extension(
                 f"cascadefs.ext.{kernel.stem}",
                 [str(kernel)],
+                depends=[str(header) for header in Path("cython_ext").glob("*.pxd")],
                 extra_compile_args=["-O3", "-pthread"],
                 extra_link_args=["-pthread"],
                 libraries=["xxhash"] if kernel.stem == "hashing" else [],

@@ -18,7 +18,7 @@ from cascadefs.errors import ConfigError
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 NAME_MAX = 255  # what ext4, tmpfs and Lustre allow; clients read it from statfs
-FILE_BYTES_MAX = (1 << 63) - 1 - 4096  # loff_t less one page: what tmpfs allows
+FILE_BYTES_MAX = 2 * TIB  # an object lists its blocks: 2 TiB are half a million rows, about a second of the index's time
 SYMLINK_MAX = 4095  # PATH_MAX less the terminating zero
 XATTR_VALUE_MAX = 64 * KIB  # XATTR_SIZE_MAX of the kernel
 

@@ -27,7 +27,8 @@ SECRET_BYTES = 192
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY AUTOINCREMENT, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
   nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, size INTEGER NOT NULL, atime_ns INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-  ctime_ns INTEGER NOT NULL, home INTEGER NOT NULL DEFAULT 0, oid INTEGER, durable_oid INTEGER, target BLOB);
+  ctime_ns INTEGER NOT NULL, home INTEGER NOT NULL DEFAULT 0, oid INTEGER, durable_oid INTEGER, target BLOB,
+  blocks INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX inodes_oid ON inodes(oid) WHERE oid IS NOT NULL;
 CREATE INDEX inodes_home ON inodes(home) WHERE home > 0;
 CREATE INDEX inodes_orphan ON inodes(nlink) WHERE nlink = 0;
@@ -135,11 +136,12 @@ class Database:
 
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
+        # Pages of 1 KiB: a commit writes whole pages to the WAL, and a create touches eight of them (35 instead of 60 us).
         new = not path.exists()
         connection = sqlite3.connect(path, isolation_level=None, timeout=0, cached_statements=256)
         connection.executescript(
-            "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-            "PRAGMA wal_autocheckpoint=8000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
+            "PRAGMA page_size=1024; PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
+            "PRAGMA wal_autocheckpoint=32000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
         )
         try:
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import trio
 
-from cascadefs.config import Settings
+from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
@@ -24,6 +24,8 @@ from cascadefs.namespace import Namespace
 from cascadefs.residency import Residency
 from cascadefs.tiers.files import FileTier, copy_file
 from cascadefs.types import Home, Inode, Location, Object
+
+TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 
 
 class Files:
@@ -36,6 +38,7 @@ class Files:
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
+        self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
 
@@ -55,6 +58,7 @@ class Files:
     async def open(self, ino: int, writable: bool, truncate: bool = False) -> Handle:
         """Open for reading or writing. ESTALE: look the name up again (another inode stands behind it now)."""
         live = self.of(ino)
+        self.last_use = time.monotonic()
         try:
             async with live.lock:
                 inode = self.namespace.get(ino)
@@ -76,6 +80,7 @@ class Files:
         """The last close of a handle."""
         live = self.live[handle.ino]
         live.leave(handle)
+        self.last_use = time.monotonic()
         if handle.source is not None:
             self.sources.release(handle.source)
         if handle.writable and not live.writers:
@@ -204,7 +209,9 @@ class Files:
         return home
 
     async def truncate(self, ino: int, size_bytes: int) -> None:
-        """truncate(2), by path or by handle. ESTALE as in open()."""
+        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX."""
+        if size_bytes > FILE_BYTES_MAX:
+            raise os_error(errno.EFBIG, f"inode {ino}")
         live = self.of(ino)
         try:
             async with live.lock:
@@ -220,23 +227,25 @@ class Files:
 
     # --- attributes
 
-    def attributes(self, ino: int) -> tuple[Inode, int]:
-        """(inode with the size and times of its staged file, number of 512-byte blocks)."""
+    def attributes(self, ino: int) -> Inode:
+        """The inode, with size, blocks and times of its staged file."""
         return self.with_staged(self.namespace.get(ino))
 
-    def with_staged(self, inode: Inode) -> tuple[Inode, int]:
+    def with_staged(self, inode: Inode) -> Inode:
         """As attributes(), for a row that was just read."""
         if not inode.home:
-            return inode, -(-inode.size // 512)
+            return inode
         found = os.stat(self.staged_path(inode))
         changed = max(inode.ctime_ns, found.st_mtime_ns)
-        return replace(inode, size=found.st_size, mtime_ns=found.st_mtime_ns, ctime_ns=changed), found.st_blocks
+        size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
+        return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
 
     def set_times(self, ino: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """utimensat(2); None leaves one as it is."""
-        inode, _ = self.attributes(ino)
+        """utimensat(2); None leaves one as it is. Beyond the years 1677 to 2262 they are clamped, as other filesystems do."""
+        inode = self.attributes(ino)
         atime = inode.atime_ns if atime_ns is None else atime_ns
         mtime = inode.mtime_ns if mtime_ns is None else mtime_ns
+        atime, mtime = (max(-TIME_LIMIT, min(TIME_LIMIT, t)) for t in (atime, mtime))
         if inode.home:
             os.utime(self.staged_path(inode), ns=(atime, mtime))
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())

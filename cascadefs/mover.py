@@ -12,11 +12,13 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import trio
 
+from cascadefs import scheduler
 from cascadefs.errors import CorruptRecord, os_error
 from cascadefs.files import Files
 from cascadefs.sealing import Sealer
@@ -37,6 +39,7 @@ class Mover:
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
+        self._last_round = 0.0
         self._lock = trio.Lock()
         self._event = trio.Event()
         files.wake = self._wake
@@ -64,7 +67,7 @@ class Mover:
             if busy:
                 await trio.lowlevel.checkpoint()
             elif self.files.to_seal:
-                await trio.sleep(IDLE_S / 5)
+                await trio.sleep(scheduler.QUIET_S / 3)
             else:
                 with trio.move_on_after(1):
                     await self._event.wait()
@@ -74,7 +77,13 @@ class Mover:
         return await self.sealer.seal_due() > 0
 
     async def _flush_round(self) -> bool:
+        now = time.monotonic()
+        quiet, waited = now - self.files.last_use, now - self._last_round
+        if not scheduler.background_may_run(quiet, waited, self.residency.under_pressure()):
+            await trio.sleep(scheduler.QUIET_S)
+            return True
         done = await self.flush_batch(())
+        self._last_round = time.monotonic()
         if done:
             self.last_error = None
         return done > 0

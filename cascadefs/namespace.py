@@ -23,7 +23,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 XATTR_CREATE, XATTR_REPLACE = 1, 2
 LINK_MAX = 65000  # as ext4
 
-_COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target"
+_COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target, blocks"
 _PREFIXED = ", ".join("i." + column for column in _COLUMNS.split(", "))
 
 
@@ -154,7 +154,7 @@ class Namespace:
             self._enter(parent, name, ino)
             self._touch_folder(parent, now, 1 if is_folder else 0)
         size = len(target or b"")
-        return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target)
+        return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target, 0)
 
     def make_orphan(self, mode: int, home: int) -> Inode:
         """An inode without a name: it holds content for a while; recovery deletes it."""

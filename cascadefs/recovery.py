@@ -77,6 +77,7 @@ def _fall_back(files: Files, inode: Inode, result: Recovered) -> None:
         return
     durable = files.index.object(inode.durable_oid)
     files.index.set_content(inode.ino, Home.NONE, durable.oid, durable.size_bytes)
+    files.namespace.update(inode.ino, blocks=-(-durable.size_bytes // 512))
     result.fallen_back += 1
 
 

@@ -8,6 +8,9 @@ from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 HIGH, LOW, FULL = 0.80, 0.70, 0.90
+# Background work competes with the applications for two things they feel: the control thread and memory bandwidth. It waits
+# for a pause in opens and closes, but not for ever.
+QUIET_S, PATIENCE_S = 0.03, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,11 @@ def plan_eviction(state: MemoryState, order: Iterable[Hashable], wanted_bytes: i
 def stage_in_memory(state: MemoryState) -> bool:
     """Whether a new file starts in memory; otherwise in the cold tier's staging folder."""
     return state.used_bytes < state.capacity_bytes * FULL
+
+
+def background_may_run(quiet_s: float, waited_s: float, pressed: bool) -> bool:
+    """Whether sealing and flushing may run: `quiet_s` since the last open or close, `waited_s` since there is work."""
+    return pressed or quiet_s >= QUIET_S or waited_s >= PATIENCE_S
 
 
 def may_promote(state: MemoryState, size_bytes: int) -> bool:

@@ -1,7 +1,8 @@
 """Staged bytes become an object: lease, block fingerprints, dedup confirmed by bytes, adoption; snapshots for fsync.
 
 Owns: the transition staged -> object. Invariants:
-(1) A file is sealed only when the lease says that no writable descriptor and no writable mapping of it exists.
+(1) A file is sealed only when it is at most FILE_BYTES_MAX long and the lease says that no writable descriptor and no
+    writable mapping of it exists.
 (2) Two contents share an object only if their bytes were compared, or the object has no copy in memory and its 128-bit
     keyed fingerprints are equal.
 (3) A snapshot shows the file as it was at some moment after fsync() began for every byte written before it.
@@ -13,14 +14,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import trio
 
+from cascadefs.config import FILE_BYTES_MAX
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files
 from cascadefs.index import digest_of
 from cascadefs.live import Live
+from cascadefs.scheduler import background_may_run
 from cascadefs.tiers.cold import lease_is_free
 from cascadefs.tiers.files import FileTier, copy_file
 from cascadefs.types import Block, Home, Inode, Object
@@ -64,9 +68,9 @@ class Sealer:
         tier = self.residency.tier_of(inode.home)
         fd = os.open(tier.staged_path(inode.ino), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if not lease_is_free(fd):
-                return False
             state = os.fstat(fd)
+            if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
+                return False
             content = await self._content(fd, state.st_size)
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
@@ -122,7 +126,8 @@ class Sealer:
             oid = self._object_of(content).oid if content.size_bytes else None
             files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
             changed = max(inode.ctime_ns, state.st_mtime_ns)
-            files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed)
+            blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
+            files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
         tier.drop_staged(inode.ino)
         if live.source is not None and adopted:
             files.sources.rename(live.source, ("object", content.digest))
@@ -152,6 +157,8 @@ class Sealer:
         inode = self.files.namespace.get(ino)
         if not inode.home:
             return None
+        if self.files.attributes(ino).size > FILE_BYTES_MAX:
+            raise os_error(errno.EFBIG, f"inode {ino}")
         namespace = self.files.namespace
         holder = namespace.make_orphan(ORPHAN_MODE, self.residency.home_for_new())
         tier = self.residency.tier_of(holder.home)
@@ -181,18 +188,20 @@ class Sealer:
             files.dead += self.index.set_fallback(ino, found.oid)
             now = files.namespace.find(ino)
             if now is not None and now.home:
-                files.namespace.update(ino, size=files.with_staged(now)[0].size)
+                files.namespace.update(ino, size=files.with_staged(now).size)
         files.forget_if_gone(holder)
 
     def due(self, now: float, limit: int) -> list[int]:
-        """Inodes whose time to be sealed has come; under pressure all of them. At most `limit`."""
-        early = self.residency.under_pressure()
-        return [ino for ino, at in self.files.to_seal.items() if early or at <= now][:limit]
+        """Inodes whose time to be sealed has come, by the scheduler's rule. At most `limit`."""
+        pressed, quiet = self.residency.under_pressure(), now - self.files.last_use
+        waiting = self.files.to_seal.items()
+        chosen = (i for i, at in waiting if pressed or (at <= now and background_may_run(quiet, now - at, False)))
+        return list(islice(chosen, limit))
 
     async def seal_due(self, limit: int = 64) -> int:
         """Seal what is due; returns how many. What still has writers is tried again later (a close by a writer, or RETRY_S)."""
         done = 0
-        for ino in self.due(time.monotonic(), limit):
+        for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
             self.files.to_seal.pop(ino, None)
             if await self.seal(ino):
                 done += 1

@@ -42,9 +42,9 @@ def _staged(store: Store) -> Staged:
     result = Staged()
     for ino in store.index.staged_inodes():
         row = store.namespace.get(ino)
-        now, blocks = store.files.with_staged(row)
+        now = store.files.with_staged(row)
         if row.nlink:
-            result.append((now.size, row.size, blocks, store.residency.tier_of(row.home) is store.residency.memory))
+            result.append((now.size, row.size, now.blocks, store.residency.tier_of(row.home) is store.residency.memory))
     return result
 
 

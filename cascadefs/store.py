@@ -109,7 +109,7 @@ class Store:
 
     async def get(self, path: str) -> bytes:
         """The bytes of a whole file."""
-        inode, _ = self.files.attributes(self.find(path).ino)
+        inode = self.files.attributes(self.find(path).ino)
         handle = await self.files.open(inode.ino, writable=False)
         try:
             return await self.streams.read(inode.ino, 0, inode.size)
@@ -141,7 +141,7 @@ class Store:
     async def info(self, ino: int) -> dict[str, Any]:
         """What `cascadefs info` shows. A staged file without writers is sealed first, so that it has a hash."""
         await self.sealer.seal(ino)
-        inode, _ = self.files.attributes(ino)
+        inode = self.files.attributes(ino)
         blocks = self.index.blocks(inode.oid) if inode.oid is not None else []
         found = self.index.object(inode.oid) if inode.oid is not None else None
         return {

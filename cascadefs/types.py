@@ -43,7 +43,9 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Inode:
-    """One row of the namespace. Times are nanoseconds since the epoch. Content: staged if `home`, else `oid`, else empty."""
+    """One row of the namespace. Times are nanoseconds since the epoch. `blocks`: allocated, 512 bytes each.
+
+    Content: staged if `home`, else `oid`, else empty."""
 
     ino: int
     mode: int
@@ -59,3 +61,4 @@ class Inode:
     oid: int | None
     durable_oid: int | None
     target: bytes | None
+    blocks: int

@@ -1,10 +1,24 @@
-"""Fixtures shared by the layers: an open store database, its namespace and index."""
+"""Fixtures shared by the layers: an open database, and real mounts driven by the command line as a user would."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from cascadefs.database import Database
 from cascadefs.index import Index
+from cascadefs.mount import device
+from cascadefs.mount.cli import is_running
 from cascadefs.namespace import Namespace
+
+CASCADEFS = [sys.executable, "-m", "cascadefs.mount.cli"]
+COMMAND_S = 120
 
 
 @pytest.fixture
@@ -22,3 +36,106 @@ def namespace(database):
 @pytest.fixture
 def index(database):
     return Index(database)
+
+
+def cascadefs(*words, env=None):
+    """Run one command to its end; output goes to a file, as a daemon that kept a pipe open would hold us for ever."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")} | (env or {})
+    return subprocess.run(
+        [*CASCADEFS, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_S,
+        check=False,
+        env=environ,
+    )
+
+
+class Mount:
+    """One store and mountpoint below a folder; started, stopped and killed as often as a test likes."""
+
+    def __init__(self, base: Path, *options: str) -> None:
+        self.store, self.path, self.options = base / "store", base / "mnt", options
+
+    def start(self, *options: str) -> "Mount":
+        done = cascadefs("mount", self.path, "--store", self.store, *self.options, *options)
+        assert done.returncode == 0, done.stderr
+        return self
+
+    def stop(self, *options: str) -> None:
+        done = cascadefs("umount", self.path, *options)
+        assert done.returncode == 0, done.stderr
+
+    def flush(self) -> None:
+        done = cascadefs("flush", self.path)
+        assert done.returncode == 0, done.stderr
+
+    def status(self) -> dict:
+        done = cascadefs("status", self.path, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def kill(self) -> None:
+        """SIGKILL the daemon and take the dead mount away."""
+        pid = self.status()["worker_pid"]
+        os.kill(pid, signal.SIGKILL)
+        while is_running(pid):
+            time.sleep(0.01)
+        device.unmount(self.path, lazy=True)
+
+    @property
+    def memory(self) -> Path:
+        identity = json.loads((self.store / "store.json").read_text())
+        return Path("/dev/shm") / f"cascadefs-{identity['store_id'][:16]}"
+
+    def wipe_memory(self) -> None:
+        for folder in self.memory.iterdir():
+            shutil.rmtree(folder)
+
+    def clean(self) -> None:
+        if self.path in set(device.mounts()) and cascadefs("umount", self.path, "--drop-memory").returncode:
+            device.unmount(self.path, lazy=True)
+        if (self.store / "store.json").exists() and self.memory.exists():
+            subprocess.run(["umount", "-l", self.memory], check=False, capture_output=True)
+            shutil.rmtree(self.memory, ignore_errors=True)
+
+
+MODES = {"passthrough": (), "portable": ("--no-passthrough",)}
+
+
+def need_root_and_fuse() -> None:
+    if not device.may_mount():
+        pytest.skip("mounting as these tests do needs root (CAP_SYS_ADMIN)")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse is missing")
+
+
+def lasting(mode, tmp_path_factory):
+    need_root_and_fuse()
+    mount = Mount(tmp_path_factory.mktemp(mode), "--shm-size", "1GiB", *MODES[mode]).start()
+    if mount.status()["mode"] != mode:
+        mount.clean()
+        pytest.skip(f"this kernel cannot mount in {mode} mode")
+    yield mount.path
+    mount.stop("--drop-memory")
+
+
+@pytest.fixture(scope="session")
+def mount_passthrough(tmp_path_factory):
+    """A folder on a mount that lasts for the whole run."""
+    yield from lasting("passthrough", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def mount_portable(tmp_path_factory):
+    yield from lasting("portable", tmp_path_factory)
+
+
+@pytest.fixture(params=list(MODES))
+def mount(request, tmp_path):
+    """A mount of a test's own, not started, in each mode; 64 MiB of memory."""
+    need_root_and_fuse()
+    found = Mount(tmp_path, "--shm-size", "64MiB", *MODES[request.param])
+    yield found
+    found.clean()

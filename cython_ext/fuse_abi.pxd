@@ -1,0 +1,121 @@
+# The FUSE wire format, as far as the transport looks into it.
+#
+# Owns: opcodes, flags, message layouts. Source: Linux include/uapi/linux/fuse.h, protocol 7.45. They are spelled out here
+# because the header of the oldest distribution served knows 7.38 and nothing of passthrough. Knows no logic.
+# Invariants: (1) All fields are in the byte order of the machine. (2) No struct has padding but what is named.
+# (3) In a request `body` follows fuse_in_header at once, in a reply fuse_out_header.
+
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    FUSE_FORGET = 2
+    FUSE_OPEN = 14
+    FUSE_READ = 15
+    FUSE_WRITE = 16
+    FUSE_INIT = 26
+    FUSE_READDIR = 28
+    FUSE_CREATE = 35
+    FUSE_INTERRUPT = 36
+    FUSE_NOTIFY_REPLY = 41
+    FUSE_BATCH_FORGET = 42
+    FUSE_FALLOCATE = 43
+    FUSE_READDIRPLUS = 44
+    FUSE_LSEEK = 46
+    OPCODE_SLOTS = 64  # opcodes are counted in an array; 7.45 ends at 53
+
+cdef enum:  # fuse_open_out.open_flags
+    OPEN_DIRECT_IO = 1 << 0
+    OPEN_KEEP_CACHE = 1 << 1
+    OPEN_NONSEEKABLE = 1 << 2
+    OPEN_NOFLUSH = 1 << 5
+    OPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+    OPEN_PASSTHROUGH = 1 << 7
+    # With any other flag beside it the kernel answers a passthrough open(2) with EIO (fs/fuse/iomode.c).
+    OPEN_WITH_PASSTHROUGH = (1 << 0) | (1 << 5) | (1 << 6) | (1 << 7)
+
+cdef enum:  # fuse_init_in.flags, fuse_init_out.flags; flags2 holds bits 32 to 63
+    INIT_WRITEBACK_CACHE = 1 << 16
+    INIT_HANDLE_KILLPRIV_V2 = 1 << 28
+    INIT_EXT = 1 << 30
+    INIT2_DIRECT_IO_ALLOW_MMAP = 1 << 4
+    INIT2_PASSTHROUGH = 1 << 5
+
+cdef enum:  # ioctls of /dev/fuse: _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t)
+    DEV_IOC_BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
+    DEV_IOC_BACKING_CLOSE = (1 << 30) | (4 << 16) | (229 << 8) | 2
+
+ctypedef struct fuse_in_header:
+    uint32_t len
+    uint32_t opcode
+    uint64_t unique
+    uint64_t nodeid
+    uint32_t uid
+    uint32_t gid
+    uint32_t pid
+    uint16_t total_extlen
+    uint16_t padding
+
+ctypedef struct fuse_out_header:
+    uint32_t len
+    int32_t error
+    uint64_t unique
+
+ctypedef struct fuse_init_in:
+    uint32_t major
+    uint32_t minor
+    uint32_t max_readahead
+    uint32_t flags
+    uint32_t flags2  # and eleven unused words
+
+ctypedef struct fuse_init_out:
+    uint32_t major
+    uint32_t minor
+    uint32_t max_readahead
+    uint32_t flags
+    uint16_t max_background
+    uint16_t congestion_threshold
+    uint32_t max_write
+    uint32_t time_gran
+    uint16_t max_pages
+    uint16_t map_alignment
+    uint32_t flags2
+    uint32_t max_stack_depth  # and six more words
+
+ctypedef struct fuse_open_out:  # the end of the answers to OPEN and to CREATE
+    uint64_t fh
+    uint32_t open_flags
+    int32_t backing_id
+
+ctypedef struct fuse_io_in:  # READ, WRITE, READDIR, READDIRPLUS; the data of a WRITE follow
+    uint64_t fh
+    uint64_t offset
+    uint32_t size
+    uint32_t io_flags
+    uint64_t lock_owner
+    uint32_t open_flags
+    uint32_t padding
+
+ctypedef struct fuse_write_out:
+    uint32_t size
+    uint32_t padding
+
+ctypedef struct fuse_fallocate_in:
+    uint64_t fh
+    uint64_t offset
+    uint64_t length
+    uint32_t mode
+    uint32_t padding
+
+ctypedef struct fuse_lseek_in:
+    uint64_t fh
+    uint64_t offset
+    uint32_t whence
+    uint32_t padding
+
+ctypedef struct fuse_lseek_out:
+    uint64_t offset
+
+ctypedef struct fuse_backing_map:
+    int32_t fd
+    uint32_t flags
+    uint64_t padding

@@ -1,0 +1,481 @@
+# The relay between /dev/fuse and pyfuse3, which believes that its end of a socket pair is the device.
+#
+# Owns: message buffers, the handle table, the memory of requests whose answers must be edited, counters. Borrows both
+# descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
+# A request is answered here when a handle's descriptor is enough (READ, WRITE) or pyfuse3 lacks it (FALLOCATE, LSEEK), else
+# forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# Invariants:
+# (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
+# (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
+# (3) A READ is short only at the end of the file, a WRITE never. A WRITE that finds no space goes to pyfuse3 untouched.
+# (4) A handle is borrowed while its descriptor is in use and not for longer: never while sending or replying.
+# (5) A request is remembered before it is forwarded, so its answer finds it.
+# (6) The loops touch no Python object. Locks: each is held for a few memory accesses and never two at once.
+
+from cython_ext.fuse_abi cimport *
+from cython_ext.handle_table cimport (
+    Handle, HandleTable, handles_borrow, handles_drop, handles_free, handles_init, handles_put, handles_return,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+from cython_ext.message_io cimport (
+    Counters, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
+    await_ready, count, has_answer, least_bytes, recv, send)
+from cython_ext.positioned_io cimport allocate_range, read_range, seek_content, write_range
+from cython_ext.reader_threads cimport (
+    ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop, usleep)
+from cython_ext.u64_map cimport U64Map, map_free, map_full, map_init, map_put, map_take
+from libc.errno cimport (
+    EAGAIN, EBADF, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, ENOSPC,
+    EOPNOTSUPP, errno)
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.ioctl cimport ioctl
+from posix.unistd cimport read, write
+
+from os import strerror
+
+cdef enum:
+    MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
+    MAX_MESSAGE = 64 << 20
+    LISTING_MAX = 128 << 10  # READDIR: an answer must fit the smallest socket buffer a system may grant (208 KiB)
+    PENDING_SLOTS = 1 << 15  # half of it may be used: 16384 opens under way at once
+    ORPHAN_SLOTS = 4096
+    SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
+
+FOPEN_DIRECT_IO = OPEN_DIRECT_IO
+FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
+FOPEN_NONSEEKABLE = OPEN_NONSEEKABLE
+FOPEN_NOFLUSH = OPEN_NOFLUSH
+FOPEN_PARALLEL_DIRECT_WRITES = OPEN_PARALLEL_DIRECT_WRITES
+FOPEN_PASSTHROUGH = OPEN_PASSTHROUGH
+
+OPCODE_NAMES = {
+    0: "other", 1: "lookup", 2: "forget", 3: "getattr", 4: "setattr", 5: "readlink", 6: "symlink", 8: "mknod", 9: "mkdir",
+    10: "unlink", 11: "rmdir", 12: "rename", 13: "link", 14: "open", 15: "read", 16: "write", 17: "statfs", 18: "release",
+    20: "fsync", 21: "setxattr", 22: "getxattr", 23: "listxattr", 24: "removexattr", 25: "flush", 26: "init",
+    27: "opendir", 28: "readdir", 29: "releasedir", 30: "fsyncdir", 31: "getlk", 32: "setlk", 33: "setlkw", 34: "access",
+    35: "create", 36: "interrupt", 37: "bmap", 38: "destroy", 39: "ioctl", 40: "poll", 41: "notify_reply",
+    42: "batch_forget", 43: "fallocate", 44: "readdirplus", 45: "rename2", 46: "lseek", 47: "copy_file_range",
+    48: "setupmapping", 49: "removemapping", 50: "syncfs", 51: "tmpfile", 52: "statx",
+}
+
+cdef int check(int code) except -1:
+    if code:
+        raise OSError(code, strerror(code))
+    return 0
+
+
+cdef class Transport:
+    cdef int device_fd
+    cdef int socket_fd
+    cdef size_t message_max
+    cdef bint passthrough_wanted
+    cdef bint passthrough_agreed
+    cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
+    cdef uint32_t offered_flags2
+    cdef bint made
+    cdef HandleTable handles
+    cdef ReaderThreads readers
+    cdef pthread_mutex_t mutex  # of pending and orphans
+    cdef U64Map pending  # unique -> opcode
+    cdef uint64_t orphans[ORPHAN_SLOTS]
+    cdef size_t orphan_count
+    cdef Counters counters
+
+    def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough,
+                  size_t max_message_bytes = (1 << 20) + (1 << 16)):
+        if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
+            raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
+        self.device_fd, self.socket_fd = device_fd, socket_fd
+        self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
+        if map_init(&self.pending, PENDING_SLOTS):
+            raise MemoryError()
+        if handles_init(&self.handles):
+            raise MemoryError()
+        pthread_mutex_init(&self.mutex, NULL)
+        pthread_mutex_init(&self.readers.mutex, NULL)
+        self.made = True
+
+    def __dealloc__(self):
+        map_free(&self.pending)
+        if self.made:
+            handles_free(&self.handles)
+            pthread_mutex_destroy(&self.mutex)
+            pthread_mutex_destroy(&self.readers.mutex)
+
+    # --- Python's side -------------------------------------------------------------------------------------------
+
+    def read_requests(self):
+        """Relay requests until the mount is gone or stop() was called. One thread each; several may call it.
+
+        OSError when the device or the socket fails. The request at hand then has no answer: the kernel sends it again
+        to the next owner of the device (FUSE_NOTIFY_RESEND), or ends it when the last one closes the device.
+        """
+        cdef uint8_t *buffer = aligned_buffer(self.message_max)
+        cdef ReaderThread *reader = readers_enter(&self.readers)
+        cdef int code = EAGAIN
+        with nogil:
+            if reader != NULL:
+                code = self.request_loop(reader, buffer + PAGE)
+                readers_leave(&self.readers, reader)
+            free(buffer)
+        check(code)
+
+    def write_replies(self):
+        """Relay pyfuse3's answers until it closes its end of the socket. One thread."""
+        cdef uint8_t *buffer = aligned_buffer(self.message_max)
+        cdef int code
+        with nogil:
+            code = self.reply_loop(buffer)
+            free(buffer)
+        check(code)
+
+    def stop(self):
+        """Let every read_requests() return before its next request, for good. None that was read is lost."""
+        cdef int code
+        with nogil:
+            code = readers_stop(&self.readers)
+        check(code)
+
+    def set_handle(self, uint64_t fh, *, int fd = -1, int backing_id = 0, uint32_t open_flags = 0, bint served = False,
+                   bint writable = False, int64_t size_bytes = -1):
+        """Insert or replace what is known of `fh`. Afterwards the descriptor known before may be closed.
+
+        fd: for FALLOCATE, LSEEK and, if `served`, READ and, if also `writable`, WRITE. Not O_APPEND, not O_DIRECT.
+        size_bytes: of content without a descriptor. open_flags: FOPEN_* for the answer to OPEN or CREATE.
+        """
+        cdef int code
+        cdef Handle *handle = <Handle *>malloc(sizeof(Handle))
+        if handle == NULL:
+            raise MemoryError()
+        handle.fh, handle.fd, handle.backing_id, handle.open_flags = fh, fd, backing_id, open_flags
+        handle.served, handle.writable, handle.size_bytes, handle.busy = served, writable, size_bytes, 0
+        with nogil:
+            code = handles_put(&self.handles, handle)
+            if code:
+                free(handle)
+        check(code)
+
+    def drop_handle(self, uint64_t fh):
+        """Forget `fh`, known or not. Afterwards its descriptor may be closed."""
+        with nogil:
+            handles_drop(&self.handles, fh)
+
+    def backing_open(self, int fd):
+        """Register a file for passthrough: its backing_id. Best read-only: then this process does not count as a writer."""
+        cdef fuse_backing_map map
+        cdef int backing_id
+        memset(&map, 0, sizeof(map))
+        map.fd = fd
+        with nogil:
+            backing_id = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_OPEN, &map)
+        check(errno if backing_id < 0 else 0)
+        return backing_id
+
+    def backing_close(self, int backing_id):
+        cdef uint32_t argument = <uint32_t>backing_id
+        cdef int code
+        with nogil:
+            code = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
+        check(errno if code < 0 else 0)
+
+    def take_orphans(self):
+        """Handles whose OPEN or CREATE the kernel no longer wanted: it will not send RELEASE for them. Each once."""
+        pthread_mutex_lock(&self.mutex)
+        try:
+            taken = [self.orphans[at] for at in range(self.orphan_count)]
+            self.orphan_count = 0
+        finally:
+            pthread_mutex_unlock(&self.mutex)
+        return taken
+
+    @property
+    def negotiated_passthrough(self):
+        """Whether the kernel offered passthrough and was told to use it."""
+        return self.passthrough_agreed
+
+    def counts(self):
+        """Requests by opcode (those that came), bytes served here, and what became of the messages."""
+        cdef uint64_t *by_opcode = self.counters.requests
+        result = {name: by_opcode[opcode] for opcode, name in OPCODE_NAMES.items() if by_opcode[opcode]}
+        result.update(
+            read_bytes=self.counters.read_bytes, write_bytes=self.counters.write_bytes, served=self.counters.served,
+            forwarded=self.counters.forwarded, failed_replies=self.counters.failed_replies,
+            malformed=self.counters.malformed, lost_orphans=self.counters.lost_orphans)
+        return result
+
+    # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------
+
+    cdef int request_loop(self, ReaderThread *reader, uint8_t *data) noexcept nogil:
+        """0 at the end of the mount or after stop(), else an errno."""
+        cdef uint8_t *message = data - WRITE_HEAD
+        cdef ssize_t got
+        cdef int code = 0
+        while not code and reader_may_read(&self.readers, reader):
+            got = read(self.device_fd, message, self.message_max)
+            reader_works(reader)
+            if got > 0:
+                code = self.take_request(message, <size_t>got)
+            elif got == 0 or errno == ENODEV:
+                break
+            elif errno == EAGAIN:
+                reader_may_read(&self.readers, reader)
+                await_ready(self.device_fd, <short>POLLIN)
+            elif errno not in (EINTR, ENOENT):  # ENOENT: the request was taken back while it was copied
+                code = errno
+        reader_works(reader)
+        return code
+
+    cdef int take_request(self, uint8_t *message, size_t size) noexcept nogil:
+        """0, or the errno that ends the loop."""
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef fuse_io_in *listing = <fuse_io_in *>(message + sizeof(fuse_in_header))
+        if size < sizeof(fuse_in_header):
+            count(&self.counters.malformed, 1)
+            return 0
+        count(&self.counters.requests[head.opcode if head.opcode < OPCODE_SLOTS else 0], 1)
+        if head.len != size or size < least_bytes(head.opcode):
+            count(&self.counters.malformed, 1)
+            return self.refuse(head, EINVAL)
+        if head.opcode == FUSE_READ:
+            return self.take_read(message, size)
+        if head.opcode == FUSE_WRITE:
+            return self.take_write(message, size)
+        if head.opcode == FUSE_FALLOCATE:
+            return self.take_fallocate(message)
+        if head.opcode == FUSE_LSEEK:
+            return self.take_lseek(message)
+        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
+            listing.size = min(listing.size, <uint32_t>LISTING_MAX)
+        return self.forward(message, size, EIO)
+
+    cdef int take_read(self, uint8_t *message, size_t size) noexcept nogil:
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
+        cdef uint8_t *data = message + WRITE_HEAD
+        cdef uint64_t unique = head.unique
+        cdef int64_t got
+        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
+        if handle == NULL:
+            return self.forward(message, size, EIO)
+        if not handle.served or handle.fd < 0:
+            handles_return(&self.handles, handle)
+            return self.forward(message, size, EIO)
+        if arg.size > self.message_max - WRITE_HEAD:
+            got = -EINVAL
+        else:  # this overwrites the request, which ends where the data begin: in the answer's head only
+            got = read_range(handle.fd, data, arg.size, <int64_t>arg.offset)
+        handles_return(&self.handles, handle)
+        if got < 0:
+            return self.answer(unique, <int>-got, NULL, 0)
+        count(&self.counters.served, 1)
+        count(&self.counters.read_bytes, <uint64_t>got)
+        self.send_answer(data - REPLY_HEAD, REPLY_HEAD + <size_t>got, unique, 0)
+        return 0
+
+    cdef int take_write(self, uint8_t *message, size_t size) noexcept nogil:
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
+        cdef fuse_write_out done
+        cdef int code
+        cdef Handle *handle
+        if arg.size != size - WRITE_HEAD:
+            count(&self.counters.malformed, 1)
+            return self.refuse(head, EINVAL)
+        handle = handles_borrow(&self.handles, arg.fh)
+        if handle == NULL:
+            return self.forward(message, size, EIO)
+        if not handle.served or not handle.writable or handle.fd < 0:
+            handles_return(&self.handles, handle)
+            return self.forward(message, size, EIO)
+        code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
+        handles_return(&self.handles, handle)
+        if code in (ENOSPC, EDQUOT):
+            return self.forward(message, size, ENOSPC)  # Python can make room; the bytes already written it writes again
+        if not code:
+            count(&self.counters.write_bytes, arg.size)
+        done.size, done.padding = arg.size, 0
+        return self.answer(head.unique, code, &done, sizeof(done))
+
+    cdef int take_fallocate(self, uint8_t *message) noexcept nogil:
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef fuse_fallocate_in *arg = <fuse_fallocate_in *>(message + sizeof(fuse_in_header))
+        cdef int code = EOPNOTSUPP
+        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
+        if handle == NULL:
+            return self.refuse(head, EBADF)
+        if handle.fd >= 0:
+            code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
+        handles_return(&self.handles, handle)
+        return self.answer(head.unique, code, NULL, 0)
+
+    cdef int take_lseek(self, uint8_t *message) noexcept nogil:
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef fuse_lseek_in *arg = <fuse_lseek_in *>(message + sizeof(fuse_in_header))
+        cdef fuse_lseek_out out
+        cdef int64_t found
+        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
+        if handle == NULL:
+            return self.refuse(head, EBADF)
+        found = seek_content(handle.fd, handle.size_bytes, arg.offset, arg.whence)
+        handles_return(&self.handles, handle)
+        out.offset = <uint64_t>found
+        return self.answer(head.unique, 0 if found >= 0 else <int>-found, &out, sizeof(out))
+
+    cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
+        """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""
+        cdef fuse_in_header *head = <fuse_in_header *>message
+        cdef bint remembered = answer_is_edited(head.opcode)
+        cdef int code
+        if head.opcode == FUSE_INIT:
+            self.offered_flags = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags
+            self.offered_flags2 = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags2
+        if remembered and not self.remember(head.unique, head.opcode):
+            return self.refuse(head, ENOMEM)
+        code = self.send_request(message, size)
+        if not code:
+            count(&self.counters.forwarded, 1)
+            return 0
+        if remembered:
+            self.recall(head.unique)
+        return self.refuse(head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
+
+    cdef int send_request(self, const uint8_t *message, size_t size) noexcept nogil:
+        # A large datagram needs contiguous kernel memory, which may take a moment to be found.
+        cdef int attempts = 0
+        while send(self.socket_fd, message, size, MSG_NOSIGNAL) < 0:
+            if errno == EAGAIN:
+                await_ready(self.socket_fd, <short>POLLOUT)
+            elif errno in (ENOBUFS, ENOMEM) and attempts < SEND_ATTEMPTS:
+                attempts += 1
+                usleep(1000)
+            elif errno != EINTR:
+                return errno
+        return 0
+
+    # --- answers: here or pyfuse3 -> kernel ----------------------------------------------------------------------
+
+    cdef int refuse(self, const fuse_in_header *head, int code) noexcept nogil:
+        if has_answer(head.opcode):
+            self.answer(head.unique, code, NULL, 0)
+        return 0
+
+    cdef int answer(self, uint64_t unique, int code, const void *body, size_t body_size) noexcept nogil:
+        """A small answer; an error has no body. Always 0: the loop goes on."""
+        cdef uint8_t message[REPLY_HEAD + 16]
+        cdef size_t at
+        if code:
+            body_size = 0
+        for at in range(body_size):
+            message[REPLY_HEAD + at] = (<const uint8_t *>body)[at]
+        count(&self.counters.served, 1)
+        self.send_answer(message, REPLY_HEAD + body_size, unique, code)
+        return 0
+
+    cdef int send_answer(self, uint8_t *message, size_t size, uint64_t unique, int code) noexcept nogil:
+        cdef fuse_out_header *head = <fuse_out_header *>message
+        head.len, head.error, head.unique = <uint32_t>size, -code, unique
+        return self.to_device(message, size)
+
+    cdef int to_device(self, const uint8_t *message, size_t size) noexcept nogil:
+        """0 or an errno. ENOENT (nobody waits for it any more) and ENODEV (unmounted) are not counted as failures."""
+        while write(self.device_fd, message, size) < 0:
+            if errno == EAGAIN:
+                await_ready(self.device_fd, <short>POLLOUT)
+            elif errno != EINTR:
+                if errno not in (ENOENT, ENODEV):
+                    count(&self.counters.failed_replies, 1)
+                return errno
+        return 0
+
+    cdef int reply_loop(self, uint8_t *message) noexcept nogil:
+        cdef ssize_t got
+        while True:
+            got = recv(self.socket_fd, message, self.message_max, MSG_TRUNC)  # the full length, even if cut
+            if got > 0:
+                self.take_reply(message, <size_t>got)
+            elif got == 0 or errno == ECONNRESET:
+                return 0
+            elif errno == EAGAIN:
+                await_ready(self.socket_fd, <short>POLLIN)
+            elif errno != EINTR:
+                return errno
+
+    cdef void take_reply(self, uint8_t *message, size_t size) noexcept nogil:
+        cdef fuse_out_header *head = <fuse_out_header *>message
+        cdef fuse_open_out *opened = NULL
+        cdef uint32_t opcode
+        cdef int code
+        if size < REPLY_HEAD:
+            count(&self.counters.malformed, 1)
+            return
+        opcode = self.recall(head.unique)
+        if size > self.message_max or head.len != size:
+            count(&self.counters.malformed, 1)
+            self.answer(head.unique, EIO, NULL, 0)
+            return
+        if opcode == FUSE_INIT and not head.error:
+            self.edit_init(message + REPLY_HEAD, size - REPLY_HEAD)
+        elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
+            opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
+            self.edit_open(opened)
+        code = self.to_device(message, size)
+        if code and opened != NULL:
+            self.add_orphan(opened.fh)
+
+    cdef void edit_init(self, uint8_t *body, size_t size) noexcept nogil:
+        cdef fuse_init_out *out = <fuse_init_out *>body
+        cdef uint32_t data_max = <uint32_t>((self.message_max - WRITE_HEAD) // PAGE * PAGE)
+        if size < sizeof(fuse_init_out):
+            return  # an old, short answer: no flags2
+        # What does not fit the buffer must not be sent; libfuse does not know how large ours is.
+        out.max_write = min(out.max_write, data_max)
+        out.max_pages = <uint16_t>min(<uint32_t>out.max_pages, data_max // PAGE)
+        if not self.offered_flags & INIT_EXT:
+            return
+        # Otherwise the kernel asks for the xattr security.capability before each write(2), also of passthrough.
+        out.flags |= INIT_EXT | (self.offered_flags & INIT_HANDLE_KILLPRIV_V2)
+        out.flags2 |= self.offered_flags2 & INIT2_DIRECT_IO_ALLOW_MMAP
+        if (self.passthrough_wanted and self.offered_flags2 & INIT2_PASSTHROUGH
+                and not out.flags & INIT_WRITEBACK_CACHE):  # the kernel refuses the two together
+            out.flags2 |= INIT2_PASSTHROUGH
+            out.max_stack_depth = 1
+            self.passthrough_agreed = True
+
+    cdef void edit_open(self, fuse_open_out *opened) noexcept nogil:
+        cdef Handle *handle = handles_borrow(&self.handles, opened.fh)
+        if handle == NULL:
+            return
+        opened.open_flags |= handle.open_flags
+        if handle.backing_id > 0:
+            opened.open_flags = (opened.open_flags & OPEN_WITH_PASSTHROUGH) | OPEN_PASSTHROUGH
+            opened.backing_id = handle.backing_id
+        handles_return(&self.handles, handle)
+
+    # --- what is remembered --------------------------------------------------------------------------------------
+
+    cdef bint remember(self, uint64_t unique, uint32_t opcode) noexcept nogil:
+        cdef bint room
+        pthread_mutex_lock(&self.mutex)
+        room = not map_full(&self.pending)
+        if room:
+            map_put(&self.pending, unique, opcode)
+        pthread_mutex_unlock(&self.mutex)
+        return room
+
+    cdef uint32_t recall(self, uint64_t unique) noexcept nogil:
+        """The opcode remembered for `unique`, now forgotten; 0 for none."""
+        cdef uint32_t opcode
+        pthread_mutex_lock(&self.mutex)
+        opcode = <uint32_t>map_take(&self.pending, unique)
+        pthread_mutex_unlock(&self.mutex)
+        return opcode
+
+    cdef void add_orphan(self, uint64_t fh) noexcept nogil:
+        pthread_mutex_lock(&self.mutex)
+        if self.orphan_count < ORPHAN_SLOTS:
+            self.orphans[self.orphan_count] = fh
+            self.orphan_count += 1
+        else:
+            self.counters.lost_orphans += 1
+        pthread_mutex_unlock(&self.mutex)

@@ -1,0 +1,109 @@
+# What the transport knows of each open file: file handle -> Handle, shared by Python and the transport's threads.
+#
+# Owns: the Handle records. Owns no descriptor: whoever put one in closes it after handles_put() or handles_drop().
+# Knows nothing of FUSE messages nor of Python. A .pxd of inline functions, compiled into fuse_transport.
+# Invariants:
+# (1) A record in the map is not changed, it is replaced; `busy` alone changes, under `mutex`.
+# (2) A record is freed by the one who took it out of the map, once nobody borrows it. Hence, after handles_put() and
+#     handles_drop() return, no thread uses the descriptor that the record before named.
+# (3) New borrowers get the new record at once, so a replacement waits for at most one operation of each thread.
+
+from cython_ext.u64_map cimport U64Map, map_double, map_free, map_full, map_get, map_init, map_put, map_take
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+    int pthread_cond_broadcast(pthread_cond_t *condition)
+
+ctypedef struct Handle:
+    uint64_t fh
+    int64_t size_bytes  # of content that has no descriptor; -1: unknown
+    int fd  # -1: none
+    int backing_id  # 0: none
+    uint32_t open_flags
+    uint32_t busy  # borrowers
+    bint served
+    bint writable
+
+ctypedef struct HandleTable:
+    pthread_mutex_t mutex
+    pthread_cond_t returned
+    U64Map map
+
+cdef enum:
+    FIRST_HANDLE_SLOTS = 1024
+
+
+cdef inline int handles_init(HandleTable *table) noexcept nogil:
+    if map_init(&table.map, FIRST_HANDLE_SLOTS):
+        return ENOMEM
+    pthread_mutex_init(&table.mutex, NULL)
+    pthread_cond_init(&table.returned, NULL)
+    return 0
+
+
+cdef inline void handles_free(HandleTable *table) noexcept nogil:
+    """Only when no other thread knows the table any more."""
+    cdef size_t at
+    for at in range(table.map.mask + 1):
+        free(<void *><uintptr_t>table.map.slots[at].value)
+    map_free(&table.map)
+    pthread_cond_destroy(&table.returned)
+    pthread_mutex_destroy(&table.mutex)
+
+
+cdef inline void retire(HandleTable *table, Handle *handle) noexcept nogil:
+    """Free a record that has left the map. The mutex is held, and given up while somebody borrows the record."""
+    if handle == NULL:
+        return
+    while handle.busy:
+        pthread_cond_wait(&table.returned, &table.mutex)
+    free(handle)
+
+
+cdef inline int handles_put(HandleTable *table, Handle *handle) noexcept nogil:
+    """Insert or replace; takes `handle` (from malloc) over. 0 or ENOMEM: then nothing changed and it is still the caller's."""
+    pthread_mutex_lock(&table.mutex)
+    if map_full(&table.map) and map_double(&table.map):
+        pthread_mutex_unlock(&table.mutex)
+        return ENOMEM
+    retire(table, <Handle *><uintptr_t>map_put(&table.map, handle.fh, <uintptr_t>handle))
+    pthread_mutex_unlock(&table.mutex)
+    return 0
+
+
+cdef inline void handles_drop(HandleTable *table, uint64_t fh) noexcept nogil:
+    pthread_mutex_lock(&table.mutex)
+    retire(table, <Handle *><uintptr_t>map_take(&table.map, fh))
+    pthread_mutex_unlock(&table.mutex)
+
+
+cdef inline Handle *handles_borrow(HandleTable *table, uint64_t fh) noexcept nogil:
+    """NULL when unknown. What is borrowed goes back by handles_return(), soon: somebody may be waiting to close its file."""
+    cdef Handle *handle
+    pthread_mutex_lock(&table.mutex)
+    handle = <Handle *><uintptr_t>map_get(&table.map, fh)
+    if handle != NULL:
+        handle.busy += 1
+    pthread_mutex_unlock(&table.mutex)
+    return handle
+
+
+cdef inline void handles_return(HandleTable *table, Handle *handle) noexcept nogil:
+    pthread_mutex_lock(&table.mutex)
+    handle.busy -= 1
+    if not handle.busy:
+        pthread_cond_broadcast(&table.returned)
+    pthread_mutex_unlock(&table.mutex)

@@ -1,0 +1,40 @@
+"""Inode rows as the kernel wants them. Owns: timeouts. No I/O but statvfs."""
+
+import os
+
+import pyfuse3
+
+from cascadefs.config import NAME_MAX
+from cascadefs.store import Store
+from cascadefs.types import Inode
+
+# Names and attributes change only through this mount, so the kernel sees every change. Exception: times that a write
+# through a mapping moves while the file is staged; they may be seen this much later (at once after fsync or msync).
+STAGED_S, SETTLED_S = 30, 3600
+BLOCK = 4096
+
+
+def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
+    """An entry reply; `cached` False for what changes behind the kernel's back."""
+    e = pyfuse3.EntryAttributes()
+    e.st_ino = pyfuse3.InodeT(inode.ino)
+    e.generation = 0
+    e.entry_timeout = SETTLED_S if cached else 0
+    e.attr_timeout = (STAGED_S if inode.home else SETTLED_S) if cached else 0
+    e.st_mode = pyfuse3.ModeT(inode.mode)
+    e.st_nlink, e.st_uid, e.st_gid, e.st_rdev = inode.nlink, inode.uid, inode.gid, inode.rdev
+    e.st_size, e.st_blksize, e.st_blocks = inode.size, BLOCK, inode.blocks
+    e.st_atime_ns, e.st_mtime_ns, e.st_ctime_ns = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+    return e
+
+
+def statfs_of(store: Store) -> pyfuse3.StatvfsData:
+    """The space of the cold tier: that is where everything ends."""
+    space, data = os.statvfs(store.settings.store), pyfuse3.StatvfsData()
+    data.f_bsize = data.f_frsize = BLOCK
+    scale = space.f_frsize / BLOCK
+    data.f_blocks, data.f_bfree = int(space.f_blocks * scale), int(space.f_bfree * scale)
+    data.f_bavail = int(space.f_bavail * scale)
+    data.f_files = data.f_ffree = data.f_favail = 1 << 40
+    data.f_namemax = NAME_MAX
+    return data

@@ -1,0 +1,129 @@
+"""`cascadefs bench io`: compares the mount with raw tmpfs and with pyfuse3's own example, in one run.
+
+Owns: the options, the progress bar and the order of setup, warm-up, run and report. Does not measure and does not
+mount. Exit code 1 when a cascadefs column failed in the middle: a benchmark must not hide that. Unmet requirements are
+only shown.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cascadefs.bench import io, report, targets
+from cascadefs.errors import UserError
+
+REPEATS, QUICK_REPEATS = 5, 1
+TABLE_COLUMNS = 150  # where the output is no terminal, rich assumes 80 and breaks every cell
+
+
+@click.group()
+def bench() -> None:
+    """Measure the mount."""
+
+
+class Notes:
+    """Lines for the reader, each once, in the order they came."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failed: set[str] = set()
+
+    def add(self, line: str) -> None:
+        """Keep a line."""
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def failure(self, key: str, why: OSError) -> None:
+        """A target broke in the middle of the run."""
+        self.failed.add(key)
+        self.add(f"{targets.TITLES[key]} FAILED and was left out from then on: {why}")
+
+
+@contextmanager
+def _tidy_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does: through every `finally`, so that no mount stays."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measure(
+    places: list[io.Place],
+    ballast: io.Ballast,
+    warm_up: list[io.Measure],
+    chosen: list[io.Measure],
+    repeats: int,
+    notes: Notes,
+    console: Console,
+) -> io.Samples:
+    """Warm-up, then the run that counts; places that broke while warming up take no part."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=(len(warm_up) + repeats * len(chosen)) * len(places))
+
+        def step(measure: str, key: str) -> None:
+            progress.update(task, advance=1, description=f"{measure}: {targets.TITLES[key]}")
+
+        io.run(warm_up, places, 1, ballast, step, notes.failure)
+        sound = [place for place in places if place.key not in notes.failed]
+        return io.run(chosen, sound, repeats, ballast, step, notes.failure)
+
+
+def _bench_io(json_path: Path | None, quick: bool, repeats: int, store: Path | None, notes: Notes) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_COLUMNS)
+    setup = targets.default_setup(store)
+    wanted = io.QUICK if quick else io.FULL
+    sizes = io.fit(wanted, setup.shm_bytes)
+    if sizes != wanted:
+        notes.add(f"sizes were cut to free memory (memory tier {io.size_text(setup.shm_bytes)}): some lines are not measured")
+    chosen = io.measures(sizes)
+    with targets.open_places(setup, notes.add) as (places, memory):
+        ballast = io.Ballast(memory, sizes.ballast_bytes)
+        warm_up = io.measures(io.WARM_UP if quick else io.fit(io.QUICK, setup.shm_bytes))
+        samples = _measure(places, ballast, warm_up, chosen, repeats, notes, console)
+    table = report.rows(samples, io.units(chosen))
+    verdicts = report.acceptance(table, sizes.calls)
+    report.show(console, table, verdicts, notes.lines)
+    if json_path:
+        facts = report.machine(setup.shm_bytes, setup.store_base)
+        document = report.document(table, verdicts, facts, sizes, notes.lines)
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        console.print(f"written: {json_path}", markup=False)
+
+
+@bench.command("io")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@click.option("--quick", is_flag=True, help="64 MiB files, one repeat: half a minute, rough figures.")
+@click.option("--repeats", type=click.IntRange(1, 100), help=f"Samples of each figure [{REPEATS}; --quick {QUICK_REPEATS}].")
+@click.option(
+    "--store",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder in which the temporary stores are made (default: beside CASCADEFS_STORE, else /var/tmp).",
+)
+def bench_io(json_path: Path | None, quick: bool, repeats: int | None, store: Path | None) -> None:
+    """Compare reads, writes and names of the mount with raw tmpfs and with pyfuse3's passthroughfs, in one run."""
+    notes = Notes()
+    try:
+        with _tidy_exit():
+            _bench_io(json_path, quick, repeats or (QUICK_REPEATS if quick else REPEATS), store, notes)
+    except UserError as why:
+        raise click.ClickException(str(why)) from why
+    if notes.failed & {targets.CASCADE, targets.PORTABLE}:
+        sys.exit(1)

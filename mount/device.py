@@ -1,0 +1,145 @@
+"""Getting and losing a FUSE device: mount(2) as root, fusermount3 otherwise; what is mounted where.
+
+Owns: the mount options. Knows no messages and no store. Invariant: a function that raises has left nothing mounted.
+"""
+
+import array
+import contextlib
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascadefs.errors import UserError
+
+FILESYSTEM = "fuse.cascadefs"
+FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024, "nodiratime": 2048}
+ABSENT_FLAGS = {"rw", "suid", "dev", "exec", "async", "atime", "defaults", "auto", "noauto", "user", "nouser", "_netdev"}
+OURS = {"default_permissions", "allow_other"}  # always set where they can be
+MNT_DETACH = 2
+UNPRIVILEGED_READ = 131072  # an unprivileged socket buffer holds 208 KiB: larger answers of pyfuse3 would not fit
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Device:
+    """An open FUSE connection. `privileged`: mounted by mount(2), so passthrough may be possible."""
+
+    fd: int
+    privileged: bool
+
+
+def may_mount() -> bool:
+    """Whether this process has CAP_SYS_ADMIN."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> 21 & 1)
+
+
+def mounts() -> Iterator[Path]:
+    """Mountpoints of cascadefs on this machine. Reads the kernel's list: asks no daemon."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.split()[0] == FILESYSTEM:
+            yield Path(before.split()[4].encode().decode("unicode_escape"))
+
+
+def prepare_mountpoint(path: Path) -> None:
+    """Raise UserError when nothing can be mounted there; make it when it is missing; clear a dead mount of ours."""
+    try:
+        if path in set(mounts()):
+            _clear_if_dead(path)
+        if not path.exists():
+            path.mkdir(parents=True)
+        elif not path.is_dir():
+            raise UserError(f"the mountpoint {path} is not a folder; give a folder or a path that does not exist")
+        elif os.path.ismount(path):
+            raise UserError(f"something is already mounted at {path}; unmount it or give another mountpoint")
+        elif any(path.iterdir()):
+            raise UserError(f"the mountpoint {path} is not empty: its files would be hidden; give an empty folder")
+    except OSError as e:
+        raise UserError(f"the mountpoint {path} cannot be used: {e.strerror}; give another one") from e
+
+
+def _clear_if_dead(path: Path) -> None:
+    try:
+        os.stat(path)
+    except OSError:
+        unmount(path, lazy=True)
+    else:
+        raise UserError(f"cascadefs is already mounted at {path}; unmount it with: cascadefs umount {path}")
+
+
+def mount(path: Path, options: Sequence[str]) -> Device:
+    """Mount a new FUSE connection at `path`."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise UserError("/dev/fuse is missing or closed to you; load the kernel module: modprobe fuse")
+    return _mount_directly(path, options) if may_mount() else _mount_by_helper(path, options)
+
+
+def _mount_directly(path: Path, options: Sequence[str]) -> Device:
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    flags = FLAGS["nosuid"] | FLAGS["nodev"] if os.geteuid() else 0
+    data = [f"fd={fd}", "rootmode=40000", f"user_id={os.geteuid()}", f"group_id={os.getegid()}", *sorted(OURS)]
+    for option in options:
+        if option in FLAGS:
+            flags |= FLAGS[option]
+        elif option not in ABSENT_FLAGS | OURS:
+            data.append(option)
+    kind = FILESYSTEM.encode()
+    if _libc.mount(b"cascadefs", os.fsencode(path), kind, flags, ",".join(data).encode()) == 0:
+        return Device(fd, True)
+    code = ctypes.get_errno()
+    os.close(fd)
+    raise UserError(f"cannot mount at {path}: {os.strerror(code)}; check the options {','.join(options) or '(none)'}")
+
+
+def _mount_by_helper(path: Path, options: Sequence[str]) -> Device:
+    """fusermount3 hands the descriptor over a socket (its documented _FUSE_COMMFD protocol)."""
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        raise UserError("not root and fusermount3 is missing; run: sudo apt-get install -y fuse3")
+    given = [option for option in options if option not in ABSENT_FLAGS | OURS]
+    words = ["default_permissions", f"max_read={UNPRIVILEGED_READ}", "fsname=cascadefs", "subtype=cascadefs", *given]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        done = subprocess.run(
+            [helper, "-o", ",".join(words), "--", str(path)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        if done.returncode:
+            raise UserError(f"cannot mount at {path}: {done.stderr.strip() or 'fusermount3 failed'}")
+        fds = array.array("i")
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
+        fds.frombytes(ancillary[0][2][: fds.itemsize])
+    os.set_inheritable(fds[0], False)
+    return Device(fds[0], False)
+
+
+def unmount(path: Path, lazy: bool = False) -> None:
+    """Take the mount away. UserError when it is in use."""
+    if may_mount():
+        if _libc.umount2(os.fsencode(path), MNT_DETACH if lazy else 0):
+            code = ctypes.get_errno()
+            raise UserError(f"cannot unmount {path}: {os.strerror(code)}; close what uses it (try: fuser -vm {path})")
+        return
+    command = ["fusermount3", "-uz" if lazy else "-u", "--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise UserError(f"cannot unmount {path}: {done.stderr.strip()}; close what uses it")
+
+
+def raise_read_ahead(path: Path, kib: int) -> None:
+    """The kernel's default of 128 KiB would make the portable path read in small pieces. Without privilege it stays."""
+    device = os.stat(path).st_dev
+    with contextlib.suppress(OSError):
+        Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").write_text(str(kib))

@@ -1,0 +1,46 @@
+"""The one guard: what a handler may raise, and what becomes of it.
+
+pyfuse3 ends the session, and with it the mount, on any exception but FUSEError. Invariant: a handler wrapped by `guarded`
+raises FUSEError or is cancelled, nothing else; what was not expected is logged with its traceback and becomes EIO.
+"""
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Wrap one handler."""
+
+    @functools.wraps(handler)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as e:
+            if e.errno in (None, errno.EIO, errno.ENOSPC):
+                log.error("%s: %s", handler.__name__, e)
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        except Exception as e:
+            log.exception("%s failed", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from e
+
+    return run
+
+
+def guard_all(cls: type[Any]) -> type[Any]:
+    """Class decorator: guard every handler that pyfuse3 calls."""
+    for name in dir(pyfuse3.Operations):
+        handler = cls.__dict__.get(name)
+        if not name.startswith("_") and name not in ("init", "stacktrace") and callable(handler):
+            setattr(cls, name, guarded(handler))
+    return cls

@@ -1,0 +1,327 @@
+"""The handlers that pyfuse3 calls: names, attributes and opens, each a few lines over the store.
+
+Owns: the translation between FUSE and the store, lookup counts. Bytes of open files do not come by here, except streams and
+writes that found no space. Invariants: (1) Every handler is guarded. (2) What the kernel was told of an inode by an entry
+reply is counted in `files.lookups`, and taken off by forget(). (3) Between two awaits a handler is atomic.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import pyfuse3
+import trio
+
+from cascadefs.errors import os_error
+from cascadefs.mount import facts, virtual
+from cascadefs.mount.attributes import entry, statfs_of
+from cascadefs.mount.guard import guard_all
+from cascadefs.mount.handles import Handles
+from cascadefs.mount.virtual import Virtual, is_virtual
+from cascadefs.namespace import ROOT
+from cascadefs.store import Store
+from cascadefs.types import Inode
+
+Context: TypeAlias = pyfuse3.RequestContext
+Info: TypeAlias = pyfuse3.FileInfo
+Entry: TypeAlias = pyfuse3.EntryAttributes
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+DOTS = 2
+XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
+DROP_MEMORY = b"user.cascade.drop-memory"
+TEXT_HANDLES = 1 << 62  # file handles of .cascade/ count from here
+
+
+@guard_all
+class Operations(pyfuse3.Operations):
+    """One mount of one store."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, store: Store, handles: Handles, shown: Virtual) -> None:
+        super().__init__()
+        self.store, self.handles, self.virtual = store, handles, shown
+        self.files, self.names = store.files, store.namespace
+        self.syncs_at_close = store.settings.sync == "close"
+        self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
+        self._texts: dict[int, tuple[int, bytes]] = {}
+
+    # --- names
+
+    def _told(self, inode: Inode) -> Entry:
+        """An entry reply: the kernel knows the inode once more."""
+        self.files.lookups[inode.ino] = self.files.lookups.get(inode.ino, 0) + 1
+        return entry(self.files.with_staged(inode))
+
+    async def lookup(self, parent: int, name: bytes, ctx: Context) -> Entry:
+        """LOOKUP."""
+        if is_virtual(parent) or (parent == ROOT and name == virtual.NAME):
+            shown = self.virtual.lookup(parent, name)
+            if shown is None:
+                raise pyfuse3.FUSEError(errno.ENOENT)
+            return entry(shown, cached=False)
+        found = self.names.lookup(parent, name)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._told(found)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """FORGET: inodes without name and user go now."""
+        for ino, times in inode_list:
+            left = self.files.lookups.get(ino, 0) - times
+            if left > 0:
+                self.files.lookups[ino] = left
+            else:
+                self.files.lookups.pop(ino, None)
+                self.files.forget_if_gone(ino)
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
+        """MKNOD: files, fifos, sockets, devices."""
+        return self._told(self._make(parent, name, mode & ~ctx.umask, ctx, rdev=rdev))
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Entry:
+        """MKDIR."""
+        return self._told(self._make(parent, name, stat.S_IFDIR | (mode & 0o7777 & ~ctx.umask), ctx))
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Entry:
+        """SYMLINK."""
+        return self._told(self._make(parent, name, stat.S_IFLNK | 0o777, ctx, target=target))
+
+    def _make(
+        self, parent: int, name: bytes, mode: int, ctx: Context, rdev: int = 0, target: bytes | None = None, home: int = 0
+    ) -> Inode:
+        _refuse_virtual(parent)
+        return self.names.make(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
+
+    async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
+        """LINK."""
+        _refuse_virtual(inode, new_parent)
+        return self._told(self.names.link(inode, new_parent, new_name))
+
+    async def readlink(self, inode: int, ctx: Context) -> bytes:
+        """READLINK."""
+        return self.names.get(inode).target or b""
+
+    async def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """UNLINK."""
+        _refuse_virtual(parent)
+        self.files.forget_if_gone(self.names.unlink(parent, name).ino)
+
+    async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
+        """RMDIR."""
+        _refuse_virtual(parent)
+        self.files.forget_if_gone(self.names.rmdir(parent, name).ino)
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context) -> None:
+        """RENAME2."""
+        _refuse_virtual(parent, new_parent)
+        if (parent, name) == (ROOT, virtual.NAME) or (new_parent, new_name) == (ROOT, virtual.NAME):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        replaced = self.names.rename(parent, name, new_parent, new_name, flags)
+        if replaced is not None:
+            self.files.forget_if_gone(replaced.ino)
+
+    # --- folders
+
+    async def opendir(self, inode: int, ctx: Context) -> int:
+        """OPENDIR."""
+        self.handles.remove_orphans()
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """READDIRPLUS. Positions: 1 and 2 after the two dots, then DOTS more than the namespace's cookies."""
+        for position, name, inode in self._dots_and(fh, start_id):
+            dot, shown = position <= DOTS, is_virtual(inode.ino)
+            attributes = entry(inode, cached=False) if shown else entry(self.files.with_staged(inode))
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, position):
+                return
+            if not shown and not dot:  # the kernel counts no lookup for dots
+                self.files.lookups[inode.ino] = self.files.lookups.get(inode.ino, 0) + 1
+
+    def _dots_and(self, folder: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
+        source = self.virtual if is_virtual(folder) else self.names
+        for position, name in ((1, b"."), (2, b"..")):
+            if position > after and (inode := source.lookup(folder, name)) is not None:
+                yield position, name, inode
+        for cookie, name, inode in source.listing(folder, max(0, after - DOTS)):
+            yield cookie + DOTS, name, inode
+
+    async def releasedir(self, fh: int) -> None:
+        """RELEASEDIR."""
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """FSYNCDIR: names are durable; of .cascade: everything is (the way `cascadefs flush` asks for it)."""
+        if fh == virtual.FOLDER:
+            await self.store.flush()
+        else:
+            await trio.to_thread.run_sync(self.store.database.sync)
+
+    # --- attributes
+
+    async def getattr(self, inode: int, ctx: Context) -> Entry:
+        """GETATTR."""
+        if is_virtual(inode):
+            return entry(self.virtual.inode(inode), cached=False)
+        return entry(self.files.attributes(inode))
+
+    async def setattr(self, inode: int, attr: Entry, fields: pyfuse3.SetattrFields, fh: int | None, ctx: Context) -> Entry:
+        """SETATTR: truncate, chmod, chown, utimens."""
+        _refuse_virtual(inode)
+        if fields.update_size:
+            await self.files.truncate(inode, attr.st_size)
+            self._strip_set_id(inode, ctx.uid)
+        columns = self._changes(self.names.get(inode), attr, fields)
+        if columns:
+            self.names.update(inode, **columns, ctime_ns=time.time_ns())
+        if fields.update_atime or fields.update_mtime:
+            atime = attr.st_atime_ns if fields.update_atime else None
+            self.files.set_times(inode, atime, attr.st_mtime_ns if fields.update_mtime else None)
+        return entry(self.files.attributes(inode))
+
+    def _changes(self, inode: Inode, attr: Entry, fields: pyfuse3.SetattrFields) -> dict[str, int]:
+        columns: dict[str, int] = {}
+        mode = inode.mode
+        if fields.update_mode:
+            mode = stat.S_IFMT(mode) | (attr.st_mode & 0o7777)
+        if fields.update_uid:
+            columns["uid"] = attr.st_uid
+        if fields.update_gid:
+            columns["gid"] = attr.st_gid
+        if columns and not fields.update_mode and not stat.S_ISDIR(mode):
+            mode = without_set_id(mode)
+        if mode != inode.mode:
+            columns["mode"] = mode
+        return columns
+
+    def _strip_set_id(self, ino: int, uid: int) -> None:
+        """Set-id bits do not outlive a change by anyone but root; the kernel leaves that to us (KILLPRIV_V2)."""
+        mode = self.names.get(ino).mode
+        if uid and without_set_id(mode) != mode:
+            self.names.update(ino, mode=without_set_id(mode))
+
+    async def statfs(self, ctx: Context) -> pyfuse3.StatvfsData:
+        """STATFS."""
+        return statfs_of(self.store)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Context) -> bytes:
+        """GETXATTR."""
+        if name.startswith(facts.PREFIX) and not is_virtual(inode):
+            return await facts.fact(self.store, inode, name)
+        _refuse_kind(name)
+        return self.names.get_xattr(inode, name)
+
+    async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
+        """LISTXATTR."""
+        return [] if is_virtual(inode) else self.names.list_xattrs(inode)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
+        """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
+        if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
+            self.drops_memory = value == b"1"
+            return
+        _refuse_virtual(inode)
+        _refuse_fact(name)
+        _refuse_kind(name)
+        self.names.set_xattr(inode, name, value)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:
+        """REMOVEXATTR."""
+        _refuse_virtual(inode)
+        _refuse_fact(name)
+        self.names.remove_xattr(inode, name)
+
+    # --- open files
+
+    async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Context) -> tuple[Info, Entry]:
+        """CREATE: a new file, staged, open for its creator."""
+        home = self.store.residency.home_for_new()
+        inode = self._make(parent, name, stat.S_IFREG | (mode & 0o7777 & ~ctx.umask), ctx, home=home)
+        try:
+            info = self.handles.add(self.files.create_content(inode))
+        except BaseException:
+            self.files.forget_if_gone(self.names.unlink(parent, name).ino)
+            raise
+        return info, self._told(inode)
+
+    async def open(self, inode: int, flags: int, ctx: Context) -> Info:
+        """OPEN."""
+        if is_virtual(inode):
+            return self._open_text(inode, flags)
+        writable = bool(flags & WRITE_FLAGS)
+        handle = await self.files.open(inode, writable, bool(flags & os.O_TRUNC))
+        if writable:
+            self._strip_set_id(inode, ctx.uid)
+        return self.handles.add(handle)
+
+    def _open_text(self, inode: int, flags: int) -> Info:
+        if flags & WRITE_FLAGS:
+            raise os_error(errno.EACCES)
+        fh = TEXT_HANDLES + len(self._texts)
+        while fh in self._texts:
+            fh += 1
+        self._texts[fh] = (inode, self.virtual.text(inode) if inode > virtual.FOLDER else b"")
+        return Info(fh=pyfuse3.FileHandleT(fh), direct_io=True, keep_cache=False)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """READ of what the transport does not serve: streams, and files of .cascade/."""
+        if fh in self._texts:
+            return await self.virtual.read(self._texts[fh][0], off, size, self._texts[fh][1])
+        return await self.store.streams.read(self.handles.get(fh).handle.ino, off, size)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """WRITE that found no space in the transport: make room, then try once more."""
+        self.store.residency.make_room(len(buf))
+        await trio.to_thread.run_sync(_write_fully, self.handles.get(fh).fd, buf, off)
+        return len(buf)
+
+    async def flush(self, fh: int) -> None:
+        """FLUSH comes only with --sync close."""
+        if self.syncs_at_close and fh not in self._texts and self.handles.get(fh).handle.writable:
+            await self.store.mover.fsync(self.handles.get(fh).handle.ino)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """FSYNC: data and name are durable afterwards. Writes through mappings may have changed times: ask again."""
+        if fh in self._texts:
+            return
+        ino = self.handles.get(fh).handle.ino
+        await self.store.mover.fsync(ino)
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(ino), attr_only=True)
+
+    async def release(self, fh: int) -> None:
+        """RELEASE."""
+        if self._texts.pop(fh, None) is None:
+            self.handles.remove(fh)
+
+
+def without_set_id(mode: int) -> int:
+    """`mode` as a change of content or owner leaves it: no set-user-id; no set-group-id where the group may execute."""
+    if not stat.S_ISREG(mode):
+        return mode
+    return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+
+
+def _refuse_virtual(*inodes: int) -> None:
+    if any(is_virtual(ino) for ino in inodes):
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+
+def _refuse_fact(name: bytes) -> None:
+    if name.startswith(facts.PREFIX):
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+
+def _refuse_kind(name: bytes) -> None:
+    if not name.startswith(XATTR_KINDS):
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+
+def _write_fully(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done

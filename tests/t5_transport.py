@@ -1,0 +1,206 @@
+"""The transport between a fake kernel (one socket pair) and a fake pyfuse3 (another): exact messages in, exact messages out."""
+
+import errno
+import os
+import socket
+import struct
+import threading
+
+import pytest
+
+from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, Transport
+
+INIT, OPEN, READ, WRITE, CREATE, FALLOCATE, LSEEK, LOOKUP, READDIR = 26, 14, 15, 16, 35, 43, 46, 1, 28
+INIT_EXT, KILLPRIV_V2, PASSTHROUGH2, MMAP2 = 1 << 30, 1 << 28, 1 << 5, 1 << 4
+TIMEOUT_S = 5
+
+
+class Wire:
+    """`kernel` is where the kernel would be, `fuse` where pyfuse3 would be."""
+
+    def __init__(self, **options):
+        self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.fuse, relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.kernel, self.fuse):
+            end.settimeout(TIMEOUT_S)
+        self.held = (device, relay)
+        self.transport = Transport(device.fileno(), relay.fileno(), passthrough=True, **options)
+        self.threads = [threading.Thread(target=f) for f in (self.transport.read_requests, self.transport.write_replies)]
+        for thread in self.threads:
+            thread.start()
+
+    def close(self):
+        self.kernel.close()
+        self.fuse.close()
+        for thread in self.threads:
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
+        for end in self.held:
+            end.close()
+
+    def ask(self, opcode, body=b"", unique=7):
+        self.kernel.send(struct.pack("<IIQQIIIHH", 40 + len(body), opcode, unique, 1, 0, 0, 0, 0, 0) + body)
+
+    def answered(self):
+        """(error, unique, body) that the kernel got."""
+        message = self.kernel.recv(1 << 21)
+        length, error, unique = struct.unpack_from("<IiQ", message)
+        assert length == len(message)
+        return error, unique, message[16:]
+
+    def forwarded(self):
+        """(opcode, body) that pyfuse3 got."""
+        message = self.fuse.recv(1 << 21)
+        return struct.unpack_from("<II", message)[1], message[40:]
+
+    def reply(self, body=b"", error=0, unique=7):
+        self.fuse.send(struct.pack("<IiQ", 16 + len(body), error, unique) + body)
+
+
+@pytest.fixture
+def wire():
+    found = Wire()
+    yield found
+    found.close()
+
+
+def io_body(fh, offset, size):
+    return struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0)
+
+
+def test_other_requests_and_replies_pass_unchanged(wire):
+    wire.ask(LOOKUP, b"name\0", unique=5)
+    assert wire.forwarded() == (LOOKUP, b"name\0")
+    wire.reply(b"entry", unique=5)
+    assert wire.answered() == (0, 5, b"entry")
+    wire.reply(error=-errno.ENOENT, unique=9)
+    assert wire.answered() == (-errno.ENOENT, 9, b"")
+
+
+def test_init_is_told_of_passthrough_only_when_the_kernel_offers_it(wire):
+    for offered, expected in (((INIT_EXT | KILLPRIV_V2, PASSTHROUGH2 | MMAP2), True), ((INIT_EXT, 0), False), ((0, 0), False)):
+        flags, flags2 = offered
+        wire.ask(INIT, struct.pack("<IIIII", 7, 41, 131072, flags, flags2) + bytes(44))
+        assert wire.forwarded()[0] == INIT
+        wire.reply(struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 1, 12, 9, 1 << 24, 1, 256, 0, 0, 0) + bytes(24))
+        body = wire.answered()[2]
+        out = struct.unpack_from("<IIIIHHIIHHII", body)
+        assert bool(out[10] & PASSTHROUGH2) == expected and out[11] == int(expected)
+        assert bool(out[3] & INIT_EXT) == bool(flags) and out[3] & 1
+        assert bool(out[3] & KILLPRIV_V2) == bool(flags & KILLPRIV_V2)
+        assert out[6] <= (1 << 20) + (1 << 16)  # max_write fits the buffer
+    assert wire.transport.negotiated_passthrough
+
+
+@pytest.mark.parametrize("opcode", [OPEN, CREATE])
+def test_open_replies_get_the_backing_id_and_lose_what_the_kernel_refuses(wire, opcode):
+    entry = bytes(128) if opcode == CREATE else b""
+    wire.transport.set_handle(3, backing_id=42, open_flags=FOPEN_NOFLUSH)
+    wire.ask(opcode)
+    wire.forwarded()
+    wire.reply(entry + struct.pack("<QIi", 3, FOPEN_KEEP_CACHE, 0))
+    fh, flags, backing_id = struct.unpack("<QIi", wire.answered()[2][len(entry) :])
+    assert (fh, flags, backing_id) == (3, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, 42)
+    wire.transport.set_handle(4, open_flags=FOPEN_NOFLUSH)
+    wire.ask(opcode)
+    wire.forwarded()
+    wire.reply(entry + struct.pack("<QIi", 4, FOPEN_KEEP_CACHE, 0))
+    assert wire.answered()[2][len(entry) :] == struct.pack("<QIi", 4, FOPEN_KEEP_CACHE | FOPEN_NOFLUSH, 0)
+
+
+def test_served_reads_and_writes_are_exact(wire, tmp_path):
+    data = os.urandom(200_000)
+    (tmp_path / "f").write_bytes(data)
+    with open(tmp_path / "f", "r+b", buffering=0) as file:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True)
+        for offset, size in ((0, 100_000), (100_000, 131_072), (199_999, 10), (200_000, 10), (1 << 40, 10)):
+            wire.ask(READ, io_body(1, offset, size), unique=offset + 1)
+            assert wire.answered() == (0, offset + 1, data[offset : offset + size])
+        wire.ask(WRITE, io_body(1, 5, 5000) + b"w" * 5000)
+        assert wire.answered() == (0, 7, struct.pack("<II", 5000, 0))
+        wire.transport.drop_handle(1)
+    assert (tmp_path / "f").read_bytes() == data[:5] + b"w" * 5000 + data[5005:]
+    counts = wire.transport.counts()
+    assert counts["read"] == 5 and counts["write_bytes"] == 5000 and counts["forwarded"] == 0
+
+
+def test_a_read_only_handle_is_not_written_by_the_transport(wire, tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    with open(tmp_path / "f", "rb") as file:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True)
+        wire.ask(WRITE, io_body(1, 0, 1) + b"x")
+        assert wire.forwarded()[0] == WRITE
+        wire.transport.drop_handle(1)
+    wire.ask(READ, io_body(1, 0, 1))
+    assert wire.forwarded()[0] == READ
+
+
+def test_a_write_without_space_goes_to_python(wire):
+    with open("/dev/full", "r+b", buffering=0) as full:
+        wire.transport.set_handle(1, fd=full.fileno(), served=True, writable=True)
+        wire.ask(WRITE, io_body(1, 0, 3) + b"abc")
+        assert wire.forwarded() == (WRITE, io_body(1, 0, 3) + b"abc")
+        wire.transport.drop_handle(1)
+
+
+def test_fallocate_and_lseek_are_answered_here(wire, tmp_path):
+    (tmp_path / "f").touch()
+    fd = os.open(tmp_path / "f", os.O_RDONLY)  # as sources are: it is opened again for writing
+    wire.transport.set_handle(1, fd=fd)
+    wire.ask(FALLOCATE, struct.pack("<QQQII", 1, 0, 8192, 0, 0))
+    assert wire.answered() == (0, 7, b"") and os.fstat(fd).st_size == 8192 and os.fstat(fd).st_blocks >= 16
+    with open(tmp_path / "f", "r+b") as file:
+        file.write(b"d" * 8192)
+        file.truncate(1 << 20)
+    wire.ask(LSEEK, struct.pack("<QQII", 1, 0, os.SEEK_HOLE, 0))
+    assert wire.answered()[2] == struct.pack("<Q", 8192)
+    wire.ask(FALLOCATE, struct.pack("<QQQII", 99, 0, 8192, 0, 0))
+    assert wire.answered()[0] == -errno.EBADF  # never ENOSYS: the kernel would not ask again
+    wire.transport.set_handle(2, size_bytes=10)
+    for offset, whence, expected in (
+        (3, os.SEEK_DATA, (0, 3)),
+        (3, os.SEEK_HOLE, (0, 10)),
+        (10, os.SEEK_DATA, (-errno.ENXIO, None)),
+    ):
+        wire.ask(LSEEK, struct.pack("<QQII", 2, offset, whence, 0))
+        error, _, body = wire.answered()
+        assert (error, struct.unpack("<Q", body)[0] if body else None) == expected
+    os.close(fd)
+
+
+def test_malformed_requests_are_refused_and_do_not_end_the_mount(wire):
+    wire.kernel.send(b"short")
+    wire.kernel.send(struct.pack("<IIQQIIIHH", 4000, READ, 3, 1, 0, 0, 0, 0, 0))
+    assert wire.answered()[:2] == (-errno.EINVAL, 3)
+    wire.ask(WRITE, io_body(1, 0, 100) + b"x")
+    assert wire.answered()[0] == -errno.EINVAL
+    wire.ask(LOOKUP, b"n\0")
+    assert wire.forwarded() == (LOOKUP, b"n\0")
+    assert wire.transport.counts()["malformed"] == 3
+
+
+def test_listings_are_asked_for_in_pieces_that_fit_a_small_socket(wire):
+    wire.ask(READDIR, io_body(1, 0, 1 << 20))
+    assert struct.unpack_from("<QQI", wire.forwarded()[1])[2] == 128 << 10
+
+
+def test_stop_lets_readers_leave_while_they_wait(wire):
+    wire.transport.stop()
+    wire.threads[0].join(TIMEOUT_S)
+    assert not wire.threads[0].is_alive()
+
+
+def test_many_handles_come_and_go_while_they_are_read(wire, tmp_path):
+    (tmp_path / "f").write_bytes(b"z" * 4096)
+    with open(tmp_path / "f", "rb") as file:
+        for fh in range(3000):
+            wire.transport.set_handle(fh, fd=file.fileno(), served=True)
+        for fh in range(0, 3000, 2):
+            wire.transport.drop_handle(fh)
+        for fh in (1, 1501, 2999):
+            wire.ask(READ, io_body(fh, 0, 4096), unique=fh)
+            assert wire.answered() == (0, fh, b"z" * 4096)
+        wire.ask(READ, io_body(1500, 0, 4096))
+        assert wire.forwarded()[0] == READ
+        for fh in range(1, 3000, 2):
+            wire.transport.drop_handle(fh)

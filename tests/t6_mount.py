@@ -1,0 +1,237 @@
+"""Whole runs over real mounts: dedup, packing, restarts with and without memory, kill -9, pressure, facts, doors."""
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import cascadefs
+
+from cascadefs.mount.cli import is_running
+
+MIB = 1 << 20
+NOBODY = 65534
+
+
+def extent_bytes(mount):
+    return sum(f.stat().st_size for f in (mount.store / "extents").iterdir())
+
+
+def write_many(folder, count, size):
+    """{name: SHA-256} of new files with random content."""
+    written = {}
+    for i in range(count):
+        data = os.urandom(size)
+        (folder / f"file-{i:05d}").write_bytes(data)
+        written[f"file-{i:05d}"] = hashlib.sha256(data).digest()
+    return written
+
+
+def verify(folder, written):
+    for name, digest in written.items():
+        assert hashlib.sha256((folder / name).read_bytes()).digest() == digest, name
+
+
+def test_fifty_names_cost_one_copy_and_change_alone(mount):
+    mount.start()
+    data = os.urandom(5 * MIB + 123)
+    for i in range(50):
+        (mount.path / f"n{i}").write_bytes(data)
+    mount.flush()
+    status = mount.status()
+    assert status["dedup_ratio"] == 50 and status["logical_bytes"] == 50 * len(data)
+    assert extent_bytes(mount) <= 1.02 * len(data)
+    with open(mount.path / "n7", "r+b") as file:
+        file.seek(100)
+        file.write(b"changed")
+    assert (mount.path / "n7").read_bytes() == data[:100] + b"changed" + data[107:]
+    assert all((mount.path / f"n{i}").read_bytes() == data for i in range(50) if i != 7)
+
+
+def test_small_files_are_packed(mount):
+    mount.start()
+    written = write_many(mount.path, 400, 30_000)
+    mount.flush()
+    assert len(list((mount.store / "extents").iterdir())) == 1
+    assert mount.status()["tiers"]["cold"]["objects"] == 400
+    verify(mount.path, written)
+
+
+@pytest.mark.parametrize("wiped", [True, False])
+def test_everything_is_back_after_a_restart(mount, wiped):
+    mount.start()
+    written = write_many(mount.path, 20, 700_001)
+    os.link(mount.path / "file-00003", mount.path / "second")
+    os.symlink("file-00003", mount.path / "link")
+    os.setxattr(mount.path / "file-00001", "user.note", b"kept")
+    (mount.path / "folder/sub").mkdir(parents=True)
+    (mount.path / "empty").touch()
+    os.utime(mount.path / "empty", ns=(1, 2))
+    mount.stop()
+    if wiped:
+        mount.wipe_memory()
+    mount.start()
+    verify(mount.path, written)
+    assert os.stat(mount.path / "second").st_nlink == 2 and os.readlink(mount.path / "link") == "file-00003"
+    assert os.getxattr(mount.path / "file-00001", "user.note") == b"kept"
+    assert (mount.path / "folder/sub").is_dir() and os.stat(mount.path / "empty").st_mtime_ns == 2
+    tier = mount.status()["tiers"]["shm"]
+    assert (tier["misses"] > 0) == wiped
+
+
+def test_closed_files_survive_kill_9(mount):
+    mount.start()
+    written = write_many(mount.path, 30, 100_000)
+    mount.kill()
+    mount.start()
+    verify(mount.path, written)
+
+
+def test_fsynced_bytes_of_an_open_file_survive_kill_9_and_the_loss_of_memory(mount):
+    mount.start()
+    fd = os.open(mount.path / "log", os.O_CREAT | os.O_WRONLY)
+    os.write(fd, b"durable\n")
+    os.fsync(fd)
+    os.write(fd, b"not yet\n")
+    mount.kill()
+    mount.wipe_memory()
+    mount.start()
+    assert (mount.path / "log").read_bytes() == b"durable\n"
+    os.close(fd)
+
+
+def test_sync_close_is_durable_at_close(mount):
+    mount.start("--sync", "close")
+    (mount.path / "f").write_bytes(b"x" * 1000)
+    mount.kill()
+    mount.wipe_memory()
+    mount.start()
+    assert (mount.path / "f").read_bytes() == b"x" * 1000
+
+
+def test_a_writer_of_three_times_the_memory_finishes_and_verifies(mount):
+    mount.start()
+    written = write_many(mount.path, 48, 4 * MIB)
+    verify(mount.path, written)
+    mount.flush()
+    shm = mount.status()["tiers"]["shm"]
+    assert shm["used_bytes"] <= shm["capacity_bytes"]
+    verify(mount.path, written)
+
+
+def test_two_processes_and_many_threads_see_right_bytes(mount):
+    mount.start()
+
+    def worker(number):
+        folder = mount.path / f"w{number}"
+        folder.mkdir()
+        for _ in range(5):
+            verify(folder, write_many(folder, 6, 50_000 + number))
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(worker, range(8)))
+
+
+def test_facts_are_told_on_request_and_not_listed(mount):
+    mount.start()
+    file = mount.path / "f"
+    file.write_bytes(b"abc")
+    assert os.getxattr(file, "user.cascade.sha256") == b"ba7816bf8f01cfea414140de5dae2223"
+    assert os.getxattr(file, "user.cascade.tier") == b"shm" and os.getxattr(file, "user.cascade.blocks") == b"1"
+    assert os.listxattr(file) == []
+    with pytest.raises(PermissionError):
+        os.setxattr(file, "user.cascade.tier", b"gpu")
+    told = json.loads(cascadefs("info", file, "--json").stdout)
+    assert told["references"] == 1 and len(told["hash"]) == 32
+    by_hash = mount.path / ".cascade/by-hash" / told["sha256"]
+    assert by_hash.read_bytes() == b"abc" and ".cascade" not in os.listdir(mount.path)
+    assert subprocess.run(["cp", "-a", file, mount.path / "copy"], check=True).returncode == 0
+
+
+def test_the_control_folder_is_readable_and_closed_to_others(mount):
+    mount.start()
+    folder = mount.path / ".cascade"
+    assert sorted(os.listdir(folder)) == ["by-hash", "config", "metrics", "stats", "tiers"]
+    assert json.loads((folder / "tiers").read_text())["cold"]["extents"] == 0
+    assert "cascadefs_tier_used_bytes" in (folder / "metrics").read_text()
+    assert json.loads((folder / "config").read_text())["shm_size"] == {"value": str(64 * MIB), "origin": "flag"}
+    for action in (
+        lambda: (folder / "new").touch(),
+        lambda: (folder / "stats").unlink(),
+        lambda: os.rename(folder, mount.path / "x"),
+    ):
+        with pytest.raises(OSError):
+            action()
+    code = f"import os; os.setgid({NOBODY}); os.setuid({NOBODY}); os.listdir({str(folder)!r})"
+    done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, check=False)
+    assert "PermissionError" in done.stderr
+
+
+def test_status_for_people_and_flush_of_one_file(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(b"1" * 100_000)
+    assert cascadefs("flush", mount.path, "f").returncode == 0
+    assert json.loads(cascadefs("info", mount.path / "f", "--json").stdout)["durable"] is True
+    told = cascadefs("status", mount.path)
+    assert told.returncode == 0 and "1 files" in told.stdout and "cold" in told.stdout
+
+
+def test_an_unlinked_open_file_stays_usable_and_leaves_nothing(mount):
+    mount.start()
+    with open(mount.path / "f", "w+b") as file:
+        file.write(b"a" * 200_000)
+        file.flush()
+        os.unlink(mount.path / "f")
+        file.seek(0)
+        assert file.read() == b"a" * 200_000
+    mount.flush()
+    status = mount.status()
+    assert status["files"] == 0 and status["unique_bytes"] == 0
+
+
+def test_a_large_cold_file_is_streamed_and_can_be_changed(mount, tmp_path):
+    (tmp_path / "toml").write_text('promote_limit = "1MiB"\n')
+    mount.start("--config", str(tmp_path / "toml"))
+    data = os.urandom(20 * MIB + 11)
+    (mount.path / "big").write_bytes(data)
+    mount.stop()
+    mount.wipe_memory()
+    mount.start("--config", str(tmp_path / "toml"))
+    with open(mount.path / "big", "rb") as reader:
+        assert reader.read() == data
+        with open(mount.path / "big", "r+b") as writer:
+            writer.seek(7 * MIB)
+            writer.write(b"new")
+        reader.seek(7 * MIB)
+        assert reader.read(3) == b"new"
+    assert (mount.path / "big").read_bytes() == data[: 7 * MIB] + b"new" + data[7 * MIB + 3 :]
+
+
+def test_umount_of_a_busy_mount_says_so_and_changes_nothing(mount):
+    mount.start()
+    with open(mount.path / "f", "wb") as file:
+        file.write(b"1")
+        done = cascadefs("umount", mount.path)
+        assert done.returncode == 1 and "cannot unmount" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (mount.path / "f").read_bytes() == b"1"
+
+
+def test_a_signal_unmounts_and_flushes(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept")
+    pid = mount.status()["worker_pid"]
+    os.kill(pid, 15)
+    gone = threading.Event()
+    for _ in range(600):
+        if not is_running(pid):
+            gone.set()
+            break
+        gone.wait(0.02)
+    assert gone.is_set() and not os.path.ismount(mount.path)
+    mount.wipe_memory()
+    mount.start()
+    assert (mount.path / "f").read_bytes() == b"kept"
