@@ -81,6 +81,10 @@ class Namespace:
                 return
             after = rows[-1][0]
 
+    def all_names(self) -> Iterator[tuple[int, bytes]]:
+        """(folder, name) of every entry."""
+        yield from self._db.execute("SELECT parent, name FROM entries")
+
     def parent_of(self, ino: int) -> int:
         """The folder that holds folder `ino`; the root is its own parent."""
         row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()
@@ -242,8 +246,8 @@ class Namespace:
 
     # --- moving
 
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Inode | None:
-        """rename(2) with flags; returns the inode that lost its name to the move, if one did."""
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> tuple[bool, Inode | None]:
+        """rename(2) with flags; (whether the old name is gone, the inode that lost its name to the move)."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise os_error(errno.EINVAL, new_name)
         now = time.time_ns()
@@ -256,14 +260,14 @@ class Namespace:
             self._refuse_loops(source, new_parent)
             if flags & RENAME_EXCHANGE:
                 self._exchange(parent, name, source, new_parent, new_name, target, now)
-                return None
+                return False, None
             if target is not None and target.ino == source.ino:
-                return None
+                return False, None
             if target is not None:
                 self._refuse_replacing(source, target, new_name, flags)
                 self._leave(new_parent, new_name, target, now)
             self._move(parent, name, source, new_parent, new_name, now)
-        return self.find(target.ino) if target else None
+        return True, self.find(target.ino) if target else None
 
     def _refuse_loops(self, source: Inode, new_parent: int) -> None:
         """A folder cannot move into its own subtree."""

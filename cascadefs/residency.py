@@ -56,7 +56,8 @@ class Residency:
 
     def home_for_new(self) -> Home:
         """Where the next staged file goes."""
-        return Home.MEMORY if scheduler.stage_in_memory(self.memory_state()) else Home.COLD
+        fits = scheduler.stage_in_memory(self.memory.capacity_bytes, self.memory.used_bytes())
+        return Home.MEMORY if fits else Home.COLD
 
     def under_pressure(self) -> bool:
         """Whether memory is above the high watermark."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 HIGH, LOW, FULL = 0.80, 0.70, 0.90
 # Background work competes with the applications for two things they feel: the control thread and memory bandwidth. It waits
 # for a pause in opens and closes, but not for ever.
-QUIET_S, PATIENCE_S = 0.03, 1.0
+QUIET_S, PATIENCE_S = 0.03, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ def plan_eviction(state: MemoryState, order: Iterable[Hashable], wanted_bytes: i
     return chosen
 
 
-def stage_in_memory(state: MemoryState) -> bool:
+def stage_in_memory(capacity_bytes: int, used_bytes: int) -> bool:
     """Whether a new file starts in memory; otherwise in the cold tier's staging folder."""
-    return state.used_bytes < state.capacity_bytes * FULL
+    return used_bytes < capacity_bytes * FULL
 
 
 def background_may_run(quiet_s: float, waited_s: float, pressed: bool) -> bool:

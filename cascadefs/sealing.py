@@ -31,6 +31,7 @@ from cascadefs.types import Block, Home, Inode, Object
 
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
+INLINE_BYTES = 64 << 10  # read and hashed in 15 us; handing it to a thread would cost the control thread more
 ORPHAN_MODE = 0o100600
 Print = tuple[bytes, int]  # fingerprint and length of a block
 
@@ -71,7 +72,7 @@ class Sealer:
             state = os.fstat(fd)
             if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
                 return False
-            content = await self._content(fd, state.st_size)
+            content = await self._content(fd, state.st_size, tier is self.residency.memory)
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
             self._show_object(live, inode, tier, state, content)
@@ -79,9 +80,12 @@ class Sealer:
             os.close(fd)
         return True
 
-    async def _content(self, fd: int, size_bytes: int) -> Content:
+    async def _content(self, fd: int, size_bytes: int, in_memory: bool) -> Content:
         """Fingerprints of the blocks, and the object of the same bytes, confirmed by comparing where a copy is at hand."""
-        prints = await trio.to_thread.run_sync(self._fingerprints, fd, size_bytes)
+        if in_memory and size_bytes <= INLINE_BYTES:
+            prints = self._fingerprints(fd, size_bytes)
+        else:
+            prints = await trio.to_thread.run_sync(self._fingerprints, fd, size_bytes)
         for salt in range(SALTS):
             digest = digest_of(size_bytes, (fingerprint for fingerprint, _ in prints), salt)
             if self.index.find(digest) is None or await self._same_bytes(fd, digest, size_bytes):
@@ -170,7 +174,7 @@ class Sealer:
                 fd = os.open(tier.staged_path(holder.ino), os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     state = os.fstat(fd)
-                    self._show_object(live, holder, tier, state, await self._content(fd, state.st_size))
+                    self._show_object(live, holder, tier, state, await self._content(fd, state.st_size, False))
                 finally:
                     os.close(fd)
         except BaseException:

@@ -8,10 +8,13 @@
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
+    FUSE_LOOKUP = 1
     FUSE_FORGET = 2
+    FUSE_GETATTR = 3
     FUSE_OPEN = 14
     FUSE_READ = 15
     FUSE_WRITE = 16
+    FUSE_RELEASE = 18
     FUSE_INIT = 26
     FUSE_READDIR = 28
     FUSE_CREATE = 35
@@ -114,6 +117,23 @@ ctypedef struct fuse_lseek_in:
 
 ctypedef struct fuse_lseek_out:
     uint64_t offset
+
+ctypedef struct fuse_attr_out:  # attr_valid, attr_valid_nsec, padding, then struct fuse_attr (88 bytes)
+    uint64_t words[13]
+
+ctypedef struct fuse_forget_in:  # behind the header's nodeid
+    uint64_t nlookup
+
+ctypedef struct fuse_batch_forget_in:  # `count` of fuse_forget_one follow
+    uint32_t count
+    uint32_t padding
+
+ctypedef struct fuse_forget_one:
+    uint64_t nodeid
+    uint64_t nlookup
+
+ctypedef struct fuse_release_in:  # and flags, lock owner
+    uint64_t fh
 
 ctypedef struct fuse_backing_map:
     int32_t fd

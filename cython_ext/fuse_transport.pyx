@@ -2,8 +2,9 @@
 #
 # Owns: message buffers, the handle table, the memory of requests whose answers must be edited, counters. Borrows both
 # descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
-# A request is answered here when a handle's descriptor is enough (READ, WRITE) or pyfuse3 lacks it (FALLOCATE, LSEEK), else
-# forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE, LSEEK),
+# when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), or when Python said beforehand what is
+# so (LOOKUP of absent names, GETATTR of folders in use); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
@@ -12,13 +13,19 @@
 # (5) A request is remembered before it is forwarded, so its answer finds it.
 # (6) The loops touch no Python object. Locks: each is held for a few memory accesses and never two at once.
 
+from cython_ext.attribute_table cimport (
+    AttributeTable, attributes_copy, attributes_drop, attributes_free, attributes_init, attributes_put)
+from cython_ext.event_queue cimport Event, EventQueue, events_free, events_init, events_put, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
-    Handle, HandleTable, handles_borrow, handles_drop, handles_free, handles_init, handles_put, handles_return,
+    Handle, HandleTable, edit_open, handles_borrow, handles_drop, handles_free, handles_init, handles_put, handles_return,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
     Counters, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
     await_ready, count, has_answer, least_bytes, recv, send)
+from cython_ext.name_table cimport (
+    NameTable, is_absent, name_hash, names_add, names_free, names_init, names_remove)
 from cython_ext.positioned_io cimport allocate_range, read_range, seek_content, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop, usleep)
@@ -34,30 +41,20 @@ from posix.unistd cimport read, write
 
 from os import strerror
 
+from cascadefs.ext.opcodes import OPCODE_NAMES
+
 cdef enum:
     MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
     MAX_MESSAGE = 64 << 20
     LISTING_MAX = 128 << 10  # READDIR: an answer must fit the smallest socket buffer a system may grant (208 KiB)
     PENDING_SLOTS = 1 << 15  # half of it may be used: 16384 opens under way at once
-    ORPHAN_SLOTS = 4096
+    ANSWER_MAX = 16 + 104  # the longest answer made here but READ: a GETATTR
     SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
 
 FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
-FOPEN_NONSEEKABLE = OPEN_NONSEEKABLE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
-FOPEN_PARALLEL_DIRECT_WRITES = OPEN_PARALLEL_DIRECT_WRITES
 FOPEN_PASSTHROUGH = OPEN_PASSTHROUGH
-
-OPCODE_NAMES = {
-    0: "other", 1: "lookup", 2: "forget", 3: "getattr", 4: "setattr", 5: "readlink", 6: "symlink", 8: "mknod", 9: "mkdir",
-    10: "unlink", 11: "rmdir", 12: "rename", 13: "link", 14: "open", 15: "read", 16: "write", 17: "statfs", 18: "release",
-    20: "fsync", 21: "setxattr", 22: "getxattr", 23: "listxattr", 24: "removexattr", 25: "flush", 26: "init",
-    27: "opendir", 28: "readdir", 29: "releasedir", 30: "fsyncdir", 31: "getlk", 32: "setlk", 33: "setlkw", 34: "access",
-    35: "create", 36: "interrupt", 37: "bmap", 38: "destroy", 39: "ioctl", 40: "poll", 41: "notify_reply",
-    42: "batch_forget", 43: "fallocate", 44: "readdirplus", 45: "rename2", 46: "lseek", 47: "copy_file_range",
-    48: "setupmapping", 49: "removemapping", 50: "syncfs", 51: "tmpfile", 52: "statx",
-}
 
 cdef int check(int code) except -1:
     if code:
@@ -76,10 +73,11 @@ cdef class Transport:
     cdef bint made
     cdef HandleTable handles
     cdef ReaderThreads readers
-    cdef pthread_mutex_t mutex  # of pending and orphans
+    cdef pthread_mutex_t mutex  # of pending
     cdef U64Map pending  # unique -> opcode
-    cdef uint64_t orphans[ORPHAN_SLOTS]
-    cdef size_t orphan_count
+    cdef EventQueue events
+    cdef NameTable names
+    cdef AttributeTable attributes
     cdef Counters counters
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough,
@@ -90,7 +88,8 @@ cdef class Transport:
         self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
         if map_init(&self.pending, PENDING_SLOTS):
             raise MemoryError()
-        if handles_init(&self.handles):
+        if handles_init(&self.handles) or events_init(&self.events) or names_init(&self.names) or (
+                attributes_init(&self.attributes)):
             raise MemoryError()
         pthread_mutex_init(&self.mutex, NULL)
         pthread_mutex_init(&self.readers.mutex, NULL)
@@ -100,6 +99,9 @@ cdef class Transport:
         map_free(&self.pending)
         if self.made:
             handles_free(&self.handles)
+            events_free(&self.events)
+            names_free(&self.names)
+            attributes_free(&self.attributes)
             pthread_mutex_destroy(&self.mutex)
             pthread_mutex_destroy(&self.readers.mutex)
 
@@ -179,15 +181,38 @@ cdef class Transport:
             code = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
         check(errno if code < 0 else 0)
 
-    def take_orphans(self):
-        """Handles whose OPEN or CREATE the kernel no longer wanted: it will not send RELEASE for them. Each once."""
-        pthread_mutex_lock(&self.mutex)
-        try:
-            taken = [self.orphans[at] for at in range(self.orphan_count)]
-            self.orphan_count = 0
-        finally:
-            pthread_mutex_unlock(&self.mutex)
-        return taken
+    def take_events(self):
+        """(handles released, [(inode, lookups forgotten)]) since the last call, in their order."""
+        cdef Event event
+        released, forgotten = [], []
+        while events_take(&self.events, &event):
+            if event.kind == FUSE_RELEASE:
+                released.append(event.subject)
+            else:
+                forgotten.append((event.subject, event.count))
+        return released, forgotten
+
+    def set_attributes(self, uint64_t ino, const uint8_t[::1] answer):
+        """What GETATTR of an inode is answered with from now on: a struct fuse_attr_out."""
+        if answer.shape[0] != sizeof(fuse_attr_out):
+            raise ValueError("not a struct fuse_attr_out")
+        check(attributes_put(&self.attributes, ino, <const fuse_attr_out *>&answer[0]))
+
+    def drop_attributes(self, uint64_t ino):
+        """GETATTR of the inode is Python's again."""
+        attributes_drop(&self.attributes, ino)
+
+    def add_name(self, uint64_t folder, const uint8_t[::1] name):
+        """Before a name can be found in a folder."""
+        check(names_add(&self.names, name_hash(folder, &name[0], <size_t>name.shape[0])))
+
+    def remove_name(self, uint64_t folder, const uint8_t[::1] name):
+        """After a name can no longer be found."""
+        names_remove(&self.names, name_hash(folder, &name[0], <size_t>name.shape[0]))
+
+    def names_are_complete(self):
+        """Every name of the filesystem was added: from now on others are answered with ENOENT."""
+        self.names.complete = True
 
     @property
     def negotiated_passthrough(self):
@@ -197,11 +222,11 @@ cdef class Transport:
     def counts(self):
         """Requests by opcode (those that came), bytes served here, and what became of the messages."""
         cdef uint64_t *by_opcode = self.counters.requests
-        result = {name: by_opcode[opcode] for opcode, name in OPCODE_NAMES.items() if by_opcode[opcode]}
+        result = {OPCODE_NAMES[opcode]: by_opcode[opcode] for opcode in range(OPCODE_SLOTS) if by_opcode[opcode]}
         result.update(
             read_bytes=self.counters.read_bytes, write_bytes=self.counters.write_bytes, served=self.counters.served,
             forwarded=self.counters.forwarded, failed_replies=self.counters.failed_replies,
-            malformed=self.counters.malformed, lost_orphans=self.counters.lost_orphans)
+            malformed=self.counters.malformed, lost_handles=self.counters.lost_handles)
         return result
 
     # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------
@@ -230,6 +255,7 @@ cdef class Transport:
         """0, or the errno that ends the loop."""
         cdef fuse_in_header *head = <fuse_in_header *>message
         cdef fuse_io_in *listing = <fuse_io_in *>(message + sizeof(fuse_in_header))
+        cdef fuse_attr_out found
         if size < sizeof(fuse_in_header):
             count(&self.counters.malformed, 1)
             return 0
@@ -241,13 +267,21 @@ cdef class Transport:
             return self.take_read(message, size)
         if head.opcode == FUSE_WRITE:
             return self.take_write(message, size)
+        if head.opcode == FUSE_LOOKUP and is_absent(&self.names, message, size):
+            return self.answer(head.unique, ENOENT, NULL, 0)
+        if head.opcode == FUSE_GETATTR and attributes_copy(&self.attributes, head.nodeid, &found):
+            return self.answer(head.unique, 0, &found, sizeof(found))
+        if head.opcode == FUSE_RELEASE and self.keep_release(message):
+            return self.answer(head.unique, 0, NULL, 0)
+        if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.events, message, size):
+            return 0
         if head.opcode == FUSE_FALLOCATE:
             return self.take_fallocate(message)
         if head.opcode == FUSE_LSEEK:
             return self.take_lseek(message)
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
             listing.size = min(listing.size, <uint32_t>LISTING_MAX)
-        return self.forward(message, size, EIO)
+        return self.forward(message, head.len, EIO)
 
     cdef int take_read(self, uint8_t *message, size_t size) noexcept nogil:
         cdef fuse_in_header *head = <fuse_in_header *>message
@@ -296,6 +330,15 @@ cdef class Transport:
             count(&self.counters.write_bytes, arg.size)
         done.size, done.padding = arg.size, 0
         return self.answer(head.unique, code, &done, sizeof(done))
+
+    cdef bint keep_release(self, const uint8_t *message) noexcept nogil:
+        """Put a RELEASE aside for Python. Handles that Python never announced are its own affair."""
+        cdef uint64_t fh = (<fuse_release_in *>(message + sizeof(fuse_in_header))).fh
+        cdef Handle *handle = handles_borrow(&self.handles, fh)
+        if handle == NULL:
+            return False
+        handles_return(&self.handles, handle)
+        return events_put(&self.events, FUSE_RELEASE, fh, 0)
 
     cdef int take_fallocate(self, uint8_t *message) noexcept nogil:
         cdef fuse_in_header *head = <fuse_in_header *>message
@@ -362,7 +405,7 @@ cdef class Transport:
 
     cdef int answer(self, uint64_t unique, int code, const void *body, size_t body_size) noexcept nogil:
         """A small answer; an error has no body. Always 0: the loop goes on."""
-        cdef uint8_t message[REPLY_HEAD + 16]
+        cdef uint8_t message[ANSWER_MAX]
         cdef size_t at
         if code:
             body_size = 0
@@ -415,42 +458,16 @@ cdef class Transport:
             self.answer(head.unique, EIO, NULL, 0)
             return
         if opcode == FUSE_INIT and not head.error:
-            self.edit_init(message + REPLY_HEAD, size - REPLY_HEAD)
+            self.passthrough_agreed = edit_init(
+                message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, self.offered_flags, self.offered_flags2,
+                self.passthrough_wanted) or self.passthrough_agreed
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
-            self.edit_open(opened)
+            edit_open(&self.handles, opened)
         code = self.to_device(message, size)
-        if code and opened != NULL:
-            self.add_orphan(opened.fh)
-
-    cdef void edit_init(self, uint8_t *body, size_t size) noexcept nogil:
-        cdef fuse_init_out *out = <fuse_init_out *>body
-        cdef uint32_t data_max = <uint32_t>((self.message_max - WRITE_HEAD) // PAGE * PAGE)
-        if size < sizeof(fuse_init_out):
-            return  # an old, short answer: no flags2
-        # What does not fit the buffer must not be sent; libfuse does not know how large ours is.
-        out.max_write = min(out.max_write, data_max)
-        out.max_pages = <uint16_t>min(<uint32_t>out.max_pages, data_max // PAGE)
-        if not self.offered_flags & INIT_EXT:
-            return
-        # Otherwise the kernel asks for the xattr security.capability before each write(2), also of passthrough.
-        out.flags |= INIT_EXT | (self.offered_flags & INIT_HANDLE_KILLPRIV_V2)
-        out.flags2 |= self.offered_flags2 & INIT2_DIRECT_IO_ALLOW_MMAP
-        if (self.passthrough_wanted and self.offered_flags2 & INIT2_PASSTHROUGH
-                and not out.flags & INIT_WRITEBACK_CACHE):  # the kernel refuses the two together
-            out.flags2 |= INIT2_PASSTHROUGH
-            out.max_stack_depth = 1
-            self.passthrough_agreed = True
-
-    cdef void edit_open(self, fuse_open_out *opened) noexcept nogil:
-        cdef Handle *handle = handles_borrow(&self.handles, opened.fh)
-        if handle == NULL:
-            return
-        opened.open_flags |= handle.open_flags
-        if handle.backing_id > 0:
-            opened.open_flags = (opened.open_flags & OPEN_WITH_PASSTHROUGH) | OPEN_PASSTHROUGH
-            opened.backing_id = handle.backing_id
-        handles_return(&self.handles, handle)
+        # An OPEN that the kernel no longer wants (interrupted) has no RELEASE: make one.
+        if code and opened != NULL and not events_put(&self.events, FUSE_RELEASE, opened.fh, 0):
+            count(&self.counters.lost_handles, 1)
 
     # --- what is remembered --------------------------------------------------------------------------------------
 
@@ -470,12 +487,3 @@ cdef class Transport:
         opcode = <uint32_t>map_take(&self.pending, unique)
         pthread_mutex_unlock(&self.mutex)
         return opcode
-
-    cdef void add_orphan(self, uint64_t fh) noexcept nogil:
-        pthread_mutex_lock(&self.mutex)
-        if self.orphan_count < ORPHAN_SLOTS:
-            self.orphans[self.orphan_count] = fh
-            self.orphan_count += 1
-        else:
-            self.counters.lost_orphans += 1
-        pthread_mutex_unlock(&self.mutex)

@@ -8,6 +8,7 @@
 #     handles_drop() return, no thread uses the descriptor that the record before named.
 # (3) New borrowers get the new record at once, so a replacement waits for at most one operation of each thread.
 
+from cython_ext.fuse_abi cimport OPEN_PASSTHROUGH, OPEN_WITH_PASSTHROUGH, fuse_open_out
 from cython_ext.u64_map cimport U64Map, map_double, map_free, map_full, map_get, map_init, map_put, map_take
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
@@ -107,3 +108,15 @@ cdef inline void handles_return(HandleTable *table, Handle *handle) noexcept nog
     if not handle.busy:
         pthread_cond_broadcast(&table.returned)
     pthread_mutex_unlock(&table.mutex)
+
+
+cdef inline void edit_open(HandleTable *table, fuse_open_out *opened) noexcept nogil:
+    """Put into the answer to OPEN or CREATE what is known of the handle."""
+    cdef Handle *handle = handles_borrow(table, opened.fh)
+    if handle == NULL:
+        return
+    opened.open_flags |= handle.open_flags
+    if handle.backing_id > 0:
+        opened.open_flags = (opened.open_flags & OPEN_WITH_PASSTHROUGH) | OPEN_PASSTHROUGH
+        opened.backing_id = handle.backing_id
+    handles_return(table, handle)

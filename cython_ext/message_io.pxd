@@ -47,7 +47,7 @@ ctypedef struct Counters:
     uint64_t forwarded
     uint64_t failed_replies
     uint64_t malformed
-    uint64_t lost_orphans
+    uint64_t lost_handles
 
 
 cdef inline void count(uint64_t *counter, uint64_t n) noexcept nogil:
@@ -66,6 +66,12 @@ cdef inline size_t least_bytes(uint32_t opcode) noexcept nogil:
     """How long a request must be before the transport looks behind its header."""
     if opcode in (FUSE_READ, FUSE_WRITE, FUSE_READDIR, FUSE_READDIRPLUS):
         return sizeof(fuse_in_header) + sizeof(fuse_io_in)
+    if opcode == FUSE_FORGET:
+        return sizeof(fuse_in_header) + sizeof(fuse_forget_in)
+    if opcode == FUSE_BATCH_FORGET:
+        return sizeof(fuse_in_header) + sizeof(fuse_batch_forget_in)
+    if opcode == FUSE_RELEASE:
+        return sizeof(fuse_in_header) + sizeof(fuse_release_in)
     if opcode == FUSE_FALLOCATE:
         return sizeof(fuse_in_header) + sizeof(fuse_fallocate_in)
     if opcode == FUSE_LSEEK:

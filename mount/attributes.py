@@ -1,6 +1,7 @@
 """Inode rows as the kernel wants them. Owns: timeouts. No I/O but statvfs."""
 
 import os
+import struct
 
 import pyfuse3
 
@@ -12,6 +13,8 @@ from cascadefs.types import Inode
 # through a mapping moves while the file is staged; they may be seen this much later (at once after fsync or msync).
 STAGED_S, SETTLED_S = 30, 3600
 BLOCK = 4096
+NS = 1_000_000_000
+_ATTR_OUT = struct.Struct("<QII3Q3q10I")  # include/uapi/linux/fuse.h, protocol 7.9 and later
 
 
 def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
@@ -26,6 +29,14 @@ def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
     e.st_size, e.st_blksize, e.st_blocks = inode.size, BLOCK, inode.blocks
     e.st_atime_ns, e.st_mtime_ns, e.st_ctime_ns = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
     return e
+
+
+def getattr_answer(inode: Inode) -> bytes:
+    """The same for a folder as a struct fuse_attr_out, for the transport to answer GETATTR with."""
+    times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
+    seconds, rest = (t // NS for t in times), (t % NS for t in times)
+    numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, BLOCK, 0)
+    return _ATTR_OUT.pack(SETTLED_S, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
 
 
 def statfs_of(store: Store) -> pyfuse3.StatvfsData:

@@ -31,6 +31,8 @@ from cascadefs.store import Store
 log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 4096
 ANSWER_S = 20
+CATCH_UP_S = 0.01
+GC_THRESHOLD = 50_000  # requests leave no cycles behind; the default of 700 looks for them at every third request
 Report = Callable[[str], None]
 
 
@@ -98,6 +100,7 @@ class Daemon:
     async def run(self, report: Report) -> None:
         """Serve until unmounted."""
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
+        gc.set_threshold(GC_THRESHOLD)
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run)
@@ -105,6 +108,8 @@ class Daemon:
             nursery.start_soon(self._report_when_it_answers, report)
             self.handles = Handles(self.store, self.session.transport, self.passthrough)
             self.operations = Operations(self.store, self.handles, self.virtual)
+            self.operations.load_names()
+            nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()
         self._forget_the_kernel()
@@ -120,6 +125,12 @@ class Daemon:
             await trio.to_thread.run_sync(device.raise_read_ahead, self.wanted.mountpoint, READ_AHEAD_KIB)
         report(self.summary())
 
+    async def _catch_up(self) -> None:
+        """Releases and forgets that no other request brought along."""
+        while True:
+            await trio.sleep(CATCH_UP_S)
+            self.operations.catch_up()
+
     async def _unmount_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
@@ -128,6 +139,7 @@ class Daemon:
 
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
+        self.operations.catch_up()
         self.store.files.sources.closing = lambda source: None
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)

@@ -76,11 +76,6 @@ class Handles:
             os.close(opened.fd)
         self.store.files.release(opened.handle)
 
-    def remove_orphans(self) -> None:
-        """Handles whose open(2) was interrupted: no RELEASE will come for them."""
-        for fh in self.transport.take_orphans():
-            self.remove(fh)
-
     def all_handles(self) -> list[Handle]:
         """Handles that are open, for when the mount is gone and nobody will close them."""
         return [opened.handle for opened in self._open.values()]

@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import pyfuse3
@@ -17,11 +18,11 @@ import trio
 
 from cascadefs.errors import os_error
 from cascadefs.mount import facts, virtual
-from cascadefs.mount.attributes import entry, statfs_of
+from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.virtual import Virtual, is_virtual
-from cascadefs.namespace import ROOT
+from cascadefs.namespace import RENAME_EXCHANGE, ROOT
 from cascadefs.store import Store
 from cascadefs.types import Inode
 
@@ -45,7 +46,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, store: Store, handles: Handles, shown: Virtual) -> None:
         super().__init__()
-        self.store, self.handles, self.virtual = store, handles, shown
+        self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
@@ -73,12 +74,15 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET: inodes without name and user go now."""
         for ino, times in inode_list:
-            left = self.files.lookups.get(ino, 0) - times
-            if left > 0:
-                self.files.lookups[ino] = left
-            else:
-                self.files.lookups.pop(ino, None)
-                self.files.forget_if_gone(ino)
+            self._forget(ino, times)
+
+    def _forget(self, ino: int, times: int) -> None:
+        left = self.files.lookups.get(ino, 0) - times
+        if left > 0:
+            self.files.lookups[ino] = left
+        else:
+            self.files.lookups.pop(ino, None)
+            self.files.forget_if_gone(ino)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
         """MKNOD: files, fifos, sockets, devices."""
@@ -96,12 +100,55 @@ class Operations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, ctx: Context, rdev: int = 0, target: bytes | None = None, home: int = 0
     ) -> Inode:
         _refuse_virtual(parent)
-        return self.names.make(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
+        with self._new_name(parent, name):
+            made = self.names.make(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
+        self._folders_changed(parent)
+        return made
+
+    @contextmanager
+    def _new_name(self, parent: int, name: bytes) -> Iterator[None]:
+        """The transport answers lookups of names that it does not know: it hears of a name before the namespace does."""
+        self.transport.add_name(parent, name)
+        try:
+            yield
+        except BaseException:
+            self.transport.remove_name(parent, name)
+            raise
+
+    def _gone_name(self, parent: int, name: bytes, ino: int) -> None:
+        self.transport.remove_name(parent, name)
+        self._folders_changed(parent)
+        self.files.forget_if_gone(ino)
+
+    def _folders_changed(self, *inodes: int) -> None:
+        """The kernel asks for a folder's attributes after each change in it: the transport gets the answer in advance."""
+        for ino in set(inodes):
+            self.transport.set_attributes(ino, getattr_answer(self.names.get(ino)))
+
+    def load_names(self) -> None:
+        """Tell the transport every name there is; after that it answers lookups of others by itself."""
+        for parent, name in self.names.all_names():
+            self.transport.add_name(parent, name)
+        self.transport.names_are_complete()
+
+    def catch_up(self) -> None:
+        """Do what the transport put aside because nobody waits for it: releases and forgets."""
+        released, forgotten = self.transport.take_events()
+        if not released and not forgotten:
+            return
+        with self.store.database.transaction():  # one commit for all
+            for fh in released:
+                self.handles.remove(fh)
+            for ino, times in forgotten:
+                self._forget(ino, times)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
         _refuse_virtual(inode, new_parent)
-        return self._told(self.names.link(inode, new_parent, new_name))
+        with self._new_name(new_parent, new_name):
+            linked = self.names.link(inode, new_parent, new_name)
+        self._folders_changed(new_parent)
+        return self._told(linked)
 
     async def readlink(self, inode: int, ctx: Context) -> bytes:
         """READLINK."""
@@ -110,27 +157,46 @@ class Operations(pyfuse3.Operations):
     async def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
         """UNLINK."""
         _refuse_virtual(parent)
-        self.files.forget_if_gone(self.names.unlink(parent, name).ino)
+        self.files.last_use = time.monotonic()
+        self._gone_name(parent, name, self.names.unlink(parent, name).ino)
 
     async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """RMDIR."""
         _refuse_virtual(parent)
-        self.files.forget_if_gone(self.names.rmdir(parent, name).ino)
+        gone = self.names.rmdir(parent, name).ino
+        self.transport.drop_attributes(gone)
+        self._gone_name(parent, name, gone)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context) -> None:
         """RENAME2."""
         _refuse_virtual(parent, new_parent)
         if (parent, name) == (ROOT, virtual.NAME) or (new_parent, new_name) == (ROOT, virtual.NAME):
             raise pyfuse3.FUSEError(errno.EPERM)
-        replaced = self.names.rename(parent, name, new_parent, new_name, flags)
+        if flags & RENAME_EXCHANGE:
+            self.names.rename(parent, name, new_parent, new_name, flags)
+            self._folders_changed(parent, new_parent)
+            self._forget_attributes((parent, name), (new_parent, new_name))
+            return
+        with self._new_name(new_parent, new_name):
+            moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags)
+        self.transport.remove_name(*((parent, name) if moved else (new_parent, new_name)))
         if replaced is not None:
-            self.files.forget_if_gone(replaced.ino)
+            self.transport.drop_attributes(replaced.ino)
+            self._gone_name(new_parent, new_name, replaced.ino)
+        self._folders_changed(parent, new_parent)
+        self._forget_attributes((new_parent, new_name))
+
+    def _forget_attributes(self, *places: tuple[int, bytes]) -> None:
+        """What was moved to these places has a new time of change."""
+        for parent, name in places:
+            if (moved := self.names.lookup(parent, name)) is not None:
+                self.transport.drop_attributes(moved.ino)
 
     # --- folders
 
     async def opendir(self, inode: int, ctx: Context) -> int:
         """OPENDIR."""
-        self.handles.remove_orphans()
+        self.catch_up()
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -156,6 +222,7 @@ class Operations(pyfuse3.Operations):
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """FSYNCDIR: names are durable; of .cascade: everything is (the way `cascadefs flush` asks for it)."""
+        self.catch_up()
         if fh == virtual.FOLDER:
             await self.store.flush()
         else:
@@ -172,6 +239,7 @@ class Operations(pyfuse3.Operations):
     async def setattr(self, inode: int, attr: Entry, fields: pyfuse3.SetattrFields, fh: int | None, ctx: Context) -> Entry:
         """SETATTR: truncate, chmod, chown, utimens."""
         _refuse_virtual(inode)
+        self.transport.drop_attributes(inode)
         if fields.update_size:
             await self.files.truncate(inode, attr.st_size)
             self._strip_set_id(inode, ctx.uid)
@@ -211,6 +279,7 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: Context) -> bytes:
         """GETXATTR."""
         if name.startswith(facts.PREFIX) and not is_virtual(inode):
+            self.catch_up()
             return await facts.fact(self.store, inode, name)
         _refuse_kind(name)
         return self.names.get_xattr(inode, name)
@@ -227,12 +296,14 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         _refuse_fact(name)
         _refuse_kind(name)
+        self.transport.drop_attributes(inode)
         self.names.set_xattr(inode, name, value)
 
     async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:
         """REMOVEXATTR."""
         _refuse_virtual(inode)
         _refuse_fact(name)
+        self.transport.drop_attributes(inode)
         self.names.remove_xattr(inode, name)
 
     # --- open files
@@ -244,12 +315,14 @@ class Operations(pyfuse3.Operations):
         try:
             info = self.handles.add(self.files.create_content(inode))
         except BaseException:
-            self.files.forget_if_gone(self.names.unlink(parent, name).ino)
+            self._gone_name(parent, name, self.names.unlink(parent, name).ino)
             raise
-        return info, self._told(inode)
+        self.files.lookups[inode.ino] = 1
+        return info, entry(inode)
 
     async def open(self, inode: int, flags: int, ctx: Context) -> Info:
         """OPEN."""
+        self.catch_up()
         if is_virtual(inode):
             return self._open_text(inode, flags)
         writable = bool(flags & WRITE_FLAGS)
@@ -288,6 +361,7 @@ class Operations(pyfuse3.Operations):
         """FSYNC: data and name are durable afterwards. Writes through mappings may have changed times: ask again."""
         if fh in self._texts:
             return
+        self.catch_up()
         ino = self.handles.get(fh).handle.ino
         await self.store.mover.fsync(ino)
         pyfuse3.invalidate_inode(pyfuse3.InodeT(ino), attr_only=True)

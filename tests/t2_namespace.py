@@ -63,7 +63,8 @@ def test_rename(namespace):
     fails(errno.ENOTDIR, namespace.rename, ROOT, b"d", ROOT, b"a", 0)
     namespace.rename(ROOT, b"a", ROOT, b"b", RENAME_EXCHANGE)
     assert namespace.lookup(ROOT, b"a").ino == b.ino
-    lost = namespace.rename(ROOT, b"a", ROOT, b"b", 0)
+    moved, lost = namespace.rename(ROOT, b"a", ROOT, b"b", 0)
+    assert moved
     assert lost.ino == a.ino and lost.nlink == 0 and namespace.lookup(ROOT, b"a") is None
     namespace.rename(d.ino, b"e", ROOT, b"e", 0)
     assert namespace.get(ROOT).nlink == 4 and namespace.get(d.ino).nlink == 2 and namespace.parent_of(e.ino) == ROOT

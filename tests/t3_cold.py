@@ -124,5 +124,5 @@ def test_eviction_takes_the_oldest_that_may_go():
     assert plan_eviction(state, policy.victims()) == [b"b", b"d"]
     assert plan_eviction(MemoryState(100, 90, clean, {b"b"}, 20), policy.victims()) == [b"d", b"a"]
     assert plan_eviction(MemoryState(100, 80, clean, (), 30), policy.victims()) == []
-    assert stage_in_memory(MemoryState(100, 89, {}, (), 0)) and not stage_in_memory(MemoryState(100, 90, {}, (), 0))
+    assert stage_in_memory(100, 89) and not stage_in_memory(100, 90)
     assert may_promote(state, 40) and not may_promote(state, 41) and not may_promote(MemoryState(100, 0, {}, (), 0), 51)

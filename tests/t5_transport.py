@@ -204,3 +204,69 @@ def test_many_handles_come_and_go_while_they_are_read(wire, tmp_path):
         assert wire.forwarded()[0] == READ
         for fh in range(1, 3000, 2):
             wire.transport.drop_handle(fh)
+
+
+def test_releases_and_forgets_are_put_aside_in_order(wire, tmp_path):
+    wire.transport.set_handle(5)
+    wire.ask(18, struct.pack("<QIIQ", 5, 0, 0, 0))
+    assert wire.answered() == (0, 7, b"")
+    wire.ask(2, struct.pack("<Q", 3))
+    wire.ask(42, struct.pack("<II", 2, 0) + struct.pack("<QQQQ", 10, 1, 11, 4))
+    wire.ask(18, struct.pack("<QIIQ", 6, 0, 0, 0))
+    assert wire.forwarded()[0] == 18  # a handle that nobody announced
+    assert wire.transport.take_events() == ([5], [(1, 3), (10, 1), (11, 4)])
+    assert wire.transport.take_events() == ([], [])
+
+
+def test_only_names_that_are_surely_absent_are_answered_here(wire):
+    wire.transport.add_name(1, b"here")
+    wire.ask(LOOKUP, b"gone\0")
+    assert wire.forwarded() == (LOOKUP, b"gone\0")  # the table is not complete yet
+    wire.transport.names_are_complete()
+    wire.ask(LOOKUP, b"gone\0")
+    assert wire.answered() == (-errno.ENOENT, 7, b"")
+    for name in (b"here", b".", b"..", b".cascade", b"n" * 256):
+        wire.ask(LOOKUP, name + b"\0")
+        assert wire.forwarded() == (LOOKUP, name + b"\0")
+    wire.kernel.send(struct.pack("<IIQQIIIHH", 46, LOOKUP, 7, 1 << 60, 0, 0, 0, 0, 0) + b"stats\0")
+    assert wire.forwarded()[0] == LOOKUP  # the folders of .cascade are not in the table
+    wire.transport.add_name(1, b"here")
+    wire.transport.remove_name(1, b"here")
+    wire.ask(LOOKUP, b"here\0")
+    assert wire.forwarded()[0] == LOOKUP
+    wire.transport.remove_name(1, b"here")
+    wire.ask(LOOKUP, b"here\0")
+    assert wire.answered()[0] == -errno.ENOENT
+
+
+def test_the_name_table_agrees_with_a_plain_counter(wire):
+    counts = {}
+    wire.transport.names_are_complete()
+    for i in range(20_000):
+        key = (i * 7919 % 97, b"%d" % (i * 104_729 % 1000))
+        if i % 3 and counts.get(key):
+            counts[key] -= 1
+            wire.transport.remove_name(*key)
+        else:
+            counts[key] = counts.get(key, 0) + 1
+            wire.transport.add_name(*key)
+    for (folder, name), count in list(counts.items())[:500]:
+        wire.kernel.send(struct.pack("<IIQQIIIHH", 41 + len(name), LOOKUP, 7, folder, 0, 0, 0, 0, 0) + name + b"\0")
+        assert wire.forwarded()[0] == LOOKUP if count else wire.answered()[0] == -errno.ENOENT
+
+
+def test_attributes_given_in_advance_are_answered_until_dropped(wire):
+    answer = os.urandom(104)
+    wire.ask(3, bytes(16))
+    assert wire.forwarded()[0] == 3
+    wire.transport.set_attributes(1, answer)
+    wire.ask(3, bytes(16))
+    assert wire.answered() == (0, 7, answer)
+    wire.transport.drop_attributes(1)
+    wire.transport.drop_attributes(1)
+    wire.ask(3, bytes(16))
+    assert wire.forwarded()[0] == 3
+    for ino in range(20_000):  # bounded: what is too much is left to Python
+        wire.transport.set_attributes(ino, answer)
+    with pytest.raises(ValueError, match="fuse_attr_out"):
+        wire.transport.set_attributes(1, b"short")

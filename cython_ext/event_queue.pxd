@@ -1,0 +1,84 @@
+# Requests that nobody waits for (RELEASE, FORGET), kept until Python takes them in one go.
+#
+# Owns: a ring of bounded size. A .pxd of inline functions, compiled into fuse_transport. Knows no handle and no inode.
+# Invariants: (1) Events are taken in the order they were put, each once. (2) A full ring takes nothing: the request then goes
+# to pyfuse3 as any other. (3) The mutex is held for a few memory accesses only.
+
+from cython_ext.handle_table cimport (
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+from cython_ext.fuse_abi cimport *
+from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memmove
+
+cdef enum:
+    RING_EVENTS = 1 << 16  # a power of two; 1.5 MiB; Python empties it every few milliseconds
+
+ctypedef struct Event:
+    uint64_t kind  # an opcode
+    uint64_t subject  # file handle or inode
+    uint64_t count
+
+ctypedef struct EventQueue:
+    pthread_mutex_t mutex
+    Event *ring
+    uint64_t put
+    uint64_t taken
+
+
+cdef inline int events_init(EventQueue *queue) noexcept nogil:
+    """0, or -1 when there is no memory."""
+    queue.ring = <Event *>malloc(RING_EVENTS * sizeof(Event))
+    queue.put = queue.taken = 0
+    pthread_mutex_init(&queue.mutex, NULL)
+    return 0 if queue.ring != NULL else -1
+
+
+cdef inline void events_free(EventQueue *queue) noexcept nogil:
+    free(queue.ring)
+    pthread_mutex_destroy(&queue.mutex)
+
+
+cdef inline bint events_put(EventQueue *queue, uint64_t kind, uint64_t subject, uint64_t count) noexcept nogil:
+    """False when the ring is full."""
+    cdef Event *event
+    cdef bint room
+    pthread_mutex_lock(&queue.mutex)
+    room = queue.put - queue.taken < RING_EVENTS
+    if room:
+        event = &queue.ring[queue.put & (RING_EVENTS - 1)]
+        event.kind, event.subject, event.count = kind, subject, count
+        queue.put += 1
+    pthread_mutex_unlock(&queue.mutex)
+    return room
+
+
+cdef inline bint events_take(EventQueue *queue, Event *event) noexcept nogil:
+    """False when there is none."""
+    cdef bint some
+    pthread_mutex_lock(&queue.mutex)
+    some = queue.put != queue.taken
+    if some:
+        event[0] = queue.ring[queue.taken & (RING_EVENTS - 1)]
+        queue.taken += 1
+    pthread_mutex_unlock(&queue.mutex)
+    return some
+
+
+cdef inline bint keep_forgets(EventQueue *queue, uint8_t *message, size_t size) noexcept nogil:
+    """Keep a FORGET or a BATCH_FORGET. False when the ring is full: what is left in the message must be forwarded."""
+    cdef fuse_in_header *head = <fuse_in_header *>message
+    cdef fuse_batch_forget_in *batch = <fuse_batch_forget_in *>(message + sizeof(fuse_in_header))
+    cdef fuse_forget_one *one = <fuse_forget_one *>(batch + 1)
+    cdef uint32_t at
+    if head.opcode == FUSE_FORGET:
+        return events_put(queue, FUSE_FORGET, head.nodeid, (<fuse_forget_in *>batch).nlookup)
+    if batch.count > (size - sizeof(fuse_in_header) - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one):
+        return True  # its length is a lie, and nobody waits to be told so
+    for at in range(batch.count):
+        if not events_put(queue, FUSE_FORGET, one[at].nodeid, one[at].nlookup):
+            batch.count -= at
+            head.len -= <uint32_t>(at * sizeof(fuse_forget_one))
+            memmove(one, one + at, batch.count * sizeof(fuse_forget_one))
+            return False
+    return True
