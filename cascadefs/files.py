@@ -59,16 +59,17 @@ class Files:
         """Open for reading or writing. ESTALE: look the name up again (another inode stands behind it now)."""
         live = self.of(ino)
         self.last_use = time.monotonic()
+        await live.acquire()
         try:
-            async with live.lock:
+            inode = self.namespace.get(ino)
+            if not inode.home and (writable or truncate):
+                await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
-                if not inode.home and (writable or truncate):
-                    await self._stage(live, inode, 0 if truncate else None)
-                elif truncate:
-                    os.truncate(self.staged_path(inode), 0)
-                source = await self._source_for(live, self.namespace.get(ino))
-                return live.enter(source, writable)
+            elif truncate:
+                os.truncate(self.staged_path(inode), 0)
+            return live.enter(await self._source_for(live, inode), writable)
         finally:
+            live.lock.release()
             self.forget_if_gone(ino)
 
     def create_content(self, inode: Inode) -> Handle:

@@ -337,6 +337,10 @@ class Namespace:
             raise os_error(errno.ENODATA, name)
         return bytes(row[0])
 
+    def any_xattr(self, name: bytes) -> bool:
+        """Whether any inode has an attribute of that name."""
+        return self._db.execute("SELECT 1 FROM xattrs WHERE name=? LIMIT 1", (name,)).fetchone() is not None
+
     def list_xattrs(self, ino: int) -> list[bytes]:
         """Names, sorted."""
         return [row[0] for row in self._db.execute("SELECT name FROM xattrs WHERE ino=? ORDER BY name", (ino,))]

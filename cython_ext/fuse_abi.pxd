@@ -15,6 +15,7 @@ cdef enum:
     FUSE_READ = 15
     FUSE_WRITE = 16
     FUSE_RELEASE = 18
+    FUSE_GETXATTR = 22
     FUSE_INIT = 26
     FUSE_READDIR = 28
     FUSE_CREATE = 35
@@ -120,6 +121,10 @@ ctypedef struct fuse_lseek_out:
 
 ctypedef struct fuse_attr_out:  # attr_valid, attr_valid_nsec, padding, then struct fuse_attr (88 bytes)
     uint64_t words[13]
+
+ctypedef struct fuse_getxattr_in:  # the name follows
+    uint32_t size
+    uint32_t padding
 
 ctypedef struct fuse_forget_in:  # behind the header's nodeid
     uint64_t nlookup

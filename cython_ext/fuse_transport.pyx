@@ -4,7 +4,7 @@
 # descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
 # A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE, LSEEK),
 # when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), or when Python said beforehand what is
-# so (LOOKUP of absent names, GETATTR of folders in use); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# so (LOOKUP of absent names, GETATTR of folders in use, GETXATTR of capabilities that no file has); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
@@ -23,7 +23,7 @@ from cython_ext.handle_table cimport (
 from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
     Counters, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
-    await_ready, count, has_answer, least_bytes, recv, send)
+    asks_for_capability, await_ready, count, has_answer, least_bytes, recv, send)
 from cython_ext.name_table cimport (
     NameTable, is_absent, name_hash, names_add, names_free, names_init, names_remove)
 from cython_ext.positioned_io cimport allocate_range, read_range, seek_content, write_range
@@ -31,7 +31,7 @@ from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop, usleep)
 from cython_ext.u64_map cimport U64Map, map_free, map_full, map_init, map_put, map_take
 from libc.errno cimport (
-    EAGAIN, EBADF, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, ENOSPC,
+    EAGAIN, EBADF, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC,
     EOPNOTSUPP, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -71,6 +71,7 @@ cdef class Transport:
     cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
     cdef uint32_t offered_flags2
     cdef bint made
+    cdef bint capabilities  # whether any file may have the xattr security.capability
     cdef HandleTable handles
     cdef ReaderThreads readers
     cdef pthread_mutex_t mutex  # of pending
@@ -93,7 +94,7 @@ cdef class Transport:
             raise MemoryError()
         pthread_mutex_init(&self.mutex, NULL)
         pthread_mutex_init(&self.readers.mutex, NULL)
-        self.made = True
+        self.made = self.capabilities = True
 
     def __dealloc__(self):
         map_free(&self.pending)
@@ -202,6 +203,10 @@ cdef class Transport:
         """GETATTR of the inode is Python's again."""
         attributes_drop(&self.attributes, ino)
 
+    def set_capabilities(self, bint exist):
+        """Whether any file may have the xattr security.capability; until told otherwise, none is denied."""
+        self.capabilities = exist
+
     def add_name(self, uint64_t folder, const uint8_t[::1] name):
         """Before a name can be found in a folder."""
         check(names_add(&self.names, name_hash(folder, &name[0], <size_t>name.shape[0])))
@@ -269,6 +274,8 @@ cdef class Transport:
             return self.take_write(message, size)
         if head.opcode == FUSE_LOOKUP and is_absent(&self.names, message, size):
             return self.answer(head.unique, ENOENT, NULL, 0)
+        if not self.capabilities and asks_for_capability(message, size):
+            return self.answer(head.unique, ENODATA, NULL, 0)
         if head.opcode == FUSE_GETATTR and attributes_copy(&self.attributes, head.nodeid, &found):
             return self.answer(head.unique, 0, &found, sizeof(found))
         if head.opcode == FUSE_RELEASE and self.keep_release(message):

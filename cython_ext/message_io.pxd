@@ -5,6 +5,7 @@
 
 from cython_ext.fuse_abi cimport *
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from libc.string cimport memcmp
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **out, size_t alignment, size_t size)
@@ -62,10 +63,19 @@ cdef inline bint answer_is_edited(uint32_t opcode) noexcept nogil:
     return opcode in (FUSE_INIT, FUSE_OPEN, FUSE_CREATE)
 
 
+cdef inline bint asks_for_capability(const uint8_t *message, size_t size) noexcept nogil:
+    """Whether this is the GETXATTR that the kernel sends before the first write(2) to a file."""
+    cdef const char *wanted = b"security.capability"  # 20 bytes with the zero
+    cdef size_t at = sizeof(fuse_in_header) + sizeof(fuse_getxattr_in)
+    return (<const fuse_in_header *>message).opcode == FUSE_GETXATTR and size == at + 20 and not memcmp(message + at, wanted, 20)
+
+
 cdef inline size_t least_bytes(uint32_t opcode) noexcept nogil:
     """How long a request must be before the transport looks behind its header."""
     if opcode in (FUSE_READ, FUSE_WRITE, FUSE_READDIR, FUSE_READDIRPLUS):
         return sizeof(fuse_in_header) + sizeof(fuse_io_in)
+    if opcode == FUSE_GETXATTR:
+        return sizeof(fuse_in_header) + sizeof(fuse_getxattr_in)
     if opcode == FUSE_FORGET:
         return sizeof(fuse_in_header) + sizeof(fuse_forget_in)
     if opcode == FUSE_BATCH_FORGET:

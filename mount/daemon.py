@@ -108,7 +108,7 @@ class Daemon:
             nursery.start_soon(self._report_when_it_answers, report)
             self.handles = Handles(self.store, self.session.transport, self.passthrough)
             self.operations = Operations(self.store, self.handles, self.virtual)
-            self.operations.load_names()
+            self.operations.inform_transport()
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()

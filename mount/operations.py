@@ -32,6 +32,7 @@ Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
+CAPABILITY = b"security.capability"
 DROP_MEMORY = b"user.cascade.drop-memory"
 TEXT_HANDLES = 1 << 62  # file handles of .cascade/ count from here
 
@@ -125,11 +126,12 @@ class Operations(pyfuse3.Operations):
         for ino in set(inodes):
             self.transport.set_attributes(ino, getattr_answer(self.names.get(ino)))
 
-    def load_names(self) -> None:
-        """Tell the transport every name there is; after that it answers lookups of others by itself."""
+    def inform_transport(self) -> None:
+        """Tell the transport every name there is: it answers lookups of others by itself from then on."""
         for parent, name in self.names.all_names():
             self.transport.add_name(parent, name)
         self.transport.names_are_complete()
+        self.transport.set_capabilities(self.names.any_xattr(CAPABILITY))
 
     def catch_up(self) -> None:
         """Do what the transport put aside because nobody waits for it: releases and forgets."""
@@ -297,6 +299,8 @@ class Operations(pyfuse3.Operations):
         _refuse_fact(name)
         _refuse_kind(name)
         self.transport.drop_attributes(inode)
+        if name == CAPABILITY:
+            self.transport.set_capabilities(True)
         self.names.set_xattr(inode, name, value)
 
     async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:

@@ -255,6 +255,17 @@ def test_the_name_table_agrees_with_a_plain_counter(wire):
         assert wire.forwarded()[0] == LOOKUP if count else wire.answered()[0] == -errno.ENOENT
 
 
+def test_capabilities_are_denied_only_when_told(wire):
+    question = struct.pack("<II", 0, 0) + b"security.capability\0"
+    wire.ask(22, question)
+    assert wire.forwarded() == (22, question)
+    wire.transport.set_capabilities(False)
+    wire.ask(22, question)
+    assert wire.answered() == (-errno.ENODATA, 7, b"")
+    wire.ask(22, question.replace(b"capability", b"capabilitx"))
+    assert wire.forwarded()[0] == 22
+
+
 def test_attributes_given_in_advance_are_answered_until_dropped(wire):
     answer = os.urandom(104)
     wire.ask(3, bytes(16))

@@ -41,10 +41,12 @@ class FileTier:
 
     def create_staged(self, ino: int) -> int:
         """An empty staged file; returns a read-only descriptor that the caller closes. An old file of that name goes."""
-        path = self.staged_path(ino)
-        with contextlib.suppress(FileNotFoundError):
+        path, flags = self.staged_path(ino), os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o600)
+        except FileExistsError:
             os.unlink(path)
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            return os.open(path, flags, 0o600)
 
     def adopt(self, ino: int, digest: bytes) -> None:
         """The staged file gets an object's name as well (no copying). The staged name stays until drop_staged()."""
