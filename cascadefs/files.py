@@ -97,7 +97,7 @@ class Files:
         """Drop the running state; drop the inode, too, when it has no name any more."""
         live = self.live.get(ino)
         if live is not None:
-            if live.handles or live.lock.locked():
+            if live.handles or live.is_locked:
                 return
             del self.live[ino]
         if ino in self.lookups:

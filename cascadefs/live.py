@@ -8,7 +8,7 @@ Owns: descriptors of backing files and their counts. Knows no index and no tier.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
@@ -48,7 +48,19 @@ class Live:
     writers: int = 0
     directs: int = 0
     sourced: int = 0
-    lock: trio.Lock = field(default_factory=trio.Lock)
+    _lock: trio.Lock | None = None  # made when first taken: most files are created, written and closed without
+
+    @property
+    def lock(self) -> trio.Lock:
+        """Held by whoever moves the inode's content from one state to another."""
+        if self._lock is None:
+            self._lock = trio.Lock()
+        return self._lock
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a transition is under way."""
+        return self._lock is not None and self._lock.locked()
 
     async def acquire(self) -> None:
         """Take the lock; without a turn of the scheduler when it is free, which it nearly always is."""

@@ -5,10 +5,12 @@ Invariants:
 (1) nlink equals the number of entries of a file, and 2 + the number of sub-folders of a folder.
 (2) Every method is one transaction; a method that raises OSError has changed nothing.
 (3) A folder has exactly one entry; no entry leads into its own subtree.
-(4) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
+(4) A number of an inode or an entry is not used again while the process lives.
+(5) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
 """
 
 import errno
+import itertools
 import stat
 import time
 from collections.abc import Iterator
@@ -36,6 +38,9 @@ class Namespace:
         if self.find(ROOT) is None:
             now = time.time_ns()
             self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
+        # Counted here, not by SQLite: its own counter is one more page in every commit.
+        self._inos = itertools.count(1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
+        self._ids = itertools.count(1 + self._db.execute("SELECT coalesce(max(id), 0) FROM entries").fetchone()[0])
 
     # --- reading
 
@@ -115,12 +120,13 @@ class Namespace:
         target: bytes | None,
         home: int = 0,
     ) -> int:
-        cursor = self._db.execute(
+        ino = next(self._inos) if ino is None else ino
+        self._db.execute(
             "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
             "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
             (ino, mode, uid, gid, nlink, rdev, len(target or b""), now, now, now, home, target),
         )
-        return int(cursor.lastrowid or 0)
+        return ino
 
     def _folder_for_new(self, parent: int, name: bytes) -> Inode:
         """The folder `parent`, fit to take a new `name`."""
@@ -167,7 +173,7 @@ class Namespace:
         return self.get(ino)
 
     def _enter(self, parent: int, name: bytes, ino: int) -> None:
-        cursor = self._db.execute("INSERT OR IGNORE INTO entries(parent, name, ino) VALUES(?,?,?)", (parent, name, ino))
+        cursor = self._db.execute("INSERT OR IGNORE INTO entries VALUES(?,?,?,?)", (parent, next(self._ids), name, ino))
         if cursor.rowcount == 0:
             raise os_error(errno.EEXIST, name)
 
@@ -316,12 +322,12 @@ class Namespace:
         """
         with self._database.transaction():
             columns = _COLUMNS.split(", ", 1)[1]
-            cursor = self._db.execute(f"INSERT INTO inodes({columns}) SELECT {columns} FROM inodes WHERE ino=?", (ino,))
-            new = int(cursor.lastrowid or 0)
+            new = next(self._inos)
+            self._db.execute(f"INSERT INTO inodes(ino, {columns}) SELECT ?, {columns} FROM inodes WHERE ino=?", (new, ino))
             self._db.execute("UPDATE entries SET ino=? WHERE ino=?", (new, ino))
             self._db.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino=?", (new, ino))
             self._db.execute("UPDATE inodes SET nlink=0 WHERE ino=?", (ino,))
-        return new
+        return int(new)
 
     # --- attributes
 
