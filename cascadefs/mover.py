@@ -64,6 +64,11 @@ class Mover:
                 self.last_error = e
                 await trio.sleep(BACKOFF_S)
                 continue
+            except Exception as e:  # background work must not end the mount; the next round starts afresh
+                log.exception("background work failed")
+                self.last_error = os_error(errno.EIO, repr(e))
+                await trio.sleep(BACKOFF_S)
+                continue
             if busy:
                 await trio.lowlevel.checkpoint()
             elif self.files.to_seal:
@@ -90,7 +95,11 @@ class Mover:
 
     async def _keep_room(self) -> None:
         while True:
-            self.residency.make_room()
+            try:
+                self.residency.make_room()
+            except Exception:
+                log.exception("eviction failed")
+                await trio.sleep(BACKOFF_S)
             await trio.sleep(IDLE_S)
 
     # --- dirty -> durable

@@ -128,18 +128,21 @@ class Namespace:
         )
         return ino
 
-    def _folder_for_new(self, parent: int, name: bytes) -> Inode:
-        """The folder `parent`, fit to take a new `name`."""
+    def _fit_for_new(self, folder: Inode, name: bytes) -> Inode:
+        """The folder, if it can take a new `name`."""
         if len(name) > NAME_MAX:
             raise os_error(errno.ENAMETOOLONG, name)
-        folder = self.get(parent)
         if not stat.S_ISDIR(folder.mode):
             raise os_error(errno.ENOTDIR, name)
-        if folder.nlink == 0:
+        if folder.nlink < 2:
             raise os_error(errno.ENOENT, name)
         return folder
 
-    def make(
+    def make(self, parent: int, name: bytes, mode: int, uid: int, gid: int, home: int = 0) -> Inode:
+        """As make_in(), without the folder."""
+        return self.make_in(parent, name, mode, uid, gid, home=home)[0]
+
+    def make_in(
         self,
         parent: int,
         name: bytes,
@@ -149,22 +152,21 @@ class Namespace:
         rdev: int = 0,
         target: bytes | None = None,
         home: int = 0,
-    ) -> Inode:
-        """A new inode under a new name; `mode` holds type and permissions, umask already applied."""
+    ) -> tuple[Inode, Inode]:
+        """(a new inode under a new name, its folder afterwards); `mode` holds type and permissions, umask already applied."""
         if target is not None and len(target) > SYMLINK_MAX:
             raise os_error(errno.ENAMETOOLONG, target)
         now = time.time_ns()
         is_folder = stat.S_ISDIR(mode)
         with self._database.transaction():
-            folder = self._folder_for_new(parent, name)
+            folder = self._fit_for_new(self._touch_folder(parent, now, 1 if is_folder else 0), name)
             if folder.mode & stat.S_ISGID:
                 gid = folder.gid
                 mode |= stat.S_ISGID if is_folder else 0
             ino = self._insert(None, mode, uid, gid, 2 if is_folder else 1, rdev, now, target, home)
             self._enter(parent, name, ino)
-            self._touch_folder(parent, now, 1 if is_folder else 0)
         size = len(target or b"")
-        return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target, 0)
+        return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target, 0), folder
 
     def make_orphan(self, mode: int, home: int) -> Inode:
         """An inode without a name: it holds content for a while; recovery deletes it."""
@@ -177,15 +179,21 @@ class Namespace:
         if cursor.rowcount == 0:
             raise os_error(errno.EEXIST, name)
 
-    def _touch_folder(self, ino: int, now: int, links: int) -> None:
-        self._db.execute("UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+? WHERE ino=?", (now, now, links, ino))
+    def _touch_folder(self, ino: int, now: int, links: int) -> Inode:
+        """The folder after a change in it; one statement instead of three, because every create waits for it."""
+        row = self._db.execute(
+            f"UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+? WHERE ino=? RETURNING {_COLUMNS}", (now, now, links, ino)
+        ).fetchone()
+        if row is None:
+            raise os_error(errno.ESTALE, f"inode {ino}")
+        return Inode(*row)
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
         """Another name for a file."""
         now = time.time_ns()
         with self._database.transaction():
             inode = self.get(ino)
-            self._folder_for_new(parent, name)
+            self._fit_for_new(self.get(parent), name)
             if stat.S_ISDIR(inode.mode):
                 raise os_error(errno.EPERM, name)
             if inode.nlink >= LINK_MAX:
@@ -261,7 +269,7 @@ class Namespace:
             source = self.lookup(parent, name)
             if source is None:
                 raise os_error(errno.ENOENT, name)
-            self._folder_for_new(new_parent, new_name)
+            self._fit_for_new(self.get(new_parent), new_name)
             target = self.lookup(new_parent, new_name)
             self._refuse_loops(source, new_parent)
             if flags & RENAME_EXCHANGE:

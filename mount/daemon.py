@@ -9,6 +9,7 @@ Owns: the order of coming up and going down, the log, the report to whoever star
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 4096
 ANSWER_S = 20
 CATCH_UP_S = 0.01
+PASSTHROUGH_SINCE = (6, 9)
+DIRECT_WRITES_SINCE = (6, 6)  # from here on a direct write drops the pages that readers of the file have cached
 GC_THRESHOLD = 50_000  # requests leave no cycles behind; the default of 700 looks for them at every third request
 Report = Callable[[str], None]
 
@@ -52,12 +55,17 @@ class Daemon:
         """Everything that can fail for reasons of the user's happens here."""
         self.wanted = wanted
         settings = wanted.configuration.settings
+        device.check_mountpoint(wanted.mountpoint)
         self.store = Store(settings)
         try:
-            device.prepare_mountpoint(wanted.mountpoint)
+            wanted.mountpoint.mkdir(parents=True, exist_ok=True)
             self.session = Session(device.mount(wanted.mountpoint, wanted.options), settings.passthrough)
-        except BaseException:
+        except BaseException as e:
+            if not self.store.residency.memory.objects:
+                self.store.release_memory()
             self.store.close()
+            if isinstance(e, OSError):
+                raise UserError(f"the mountpoint {wanted.mountpoint} cannot be made: {e.strerror}; give another one") from e
             raise
         self.passthrough, self.why_not = self._probe_passthrough(settings.passthrough)
         self.virtual = Virtual(self.store, wanted.configuration, self.facts)
@@ -68,8 +76,7 @@ class Daemon:
             return False, "switched off by the passthrough setting"
         if not self.session.wanted:
             return False, "passthrough needs root (CAP_SYS_ADMIN)"
-        release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-        if release < (6, 9):
+        if kernel_release() < PASSTHROUGH_SINCE:
             return False, f"passthrough needs Linux 6.9, this is {os.uname().release}"
         return True, ""
 
@@ -106,7 +113,8 @@ class Daemon:
             nursery.start_soon(self.store.run)
             nursery.start_soon(self._unmount_on_signal)
             nursery.start_soon(self._report_when_it_answers, report)
-            self.handles = Handles(self.store, self.session.transport, self.passthrough)
+            direct = not self.passthrough and kernel_release() >= DIRECT_WRITES_SINCE
+            self.handles = Handles(self.store, self.session.transport, self.passthrough, direct)
             self.operations = Operations(self.store, self.handles, self.virtual)
             self.operations.inform_transport()
             nursery.start_soon(self._catch_up)
@@ -129,7 +137,10 @@ class Daemon:
         """Releases and forgets that no other request brought along."""
         while True:
             await trio.sleep(CATCH_UP_S)
-            self.operations.catch_up()
+            try:
+                self.operations.catch_up()
+            except Exception:
+                log.exception("a release or forget failed")
 
     async def _unmount_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -155,6 +166,11 @@ class Daemon:
         if self.operations.drops_memory:
             self.store.release_memory()
         self.store.close()
+
+
+def kernel_release() -> tuple[int, ...]:
+    """Such as (6, 9)."""
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def start_log(path: Path | None, level: str) -> None:

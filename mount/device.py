@@ -48,18 +48,18 @@ def mounts() -> Iterator[Path]:
             yield Path(before.split()[4].encode().decode("unicode_escape"))
 
 
-def prepare_mountpoint(path: Path) -> None:
-    """Raise UserError when nothing can be mounted there; make it when it is missing; clear a dead mount of ours."""
+def check_mountpoint(path: Path) -> None:
+    """Raise UserError when nothing can be mounted there; clear a dead mount of ours. Makes nothing."""
     try:
         if path in set(mounts()):
             _clear_if_dead(path)
         if not path.exists():
-            path.mkdir(parents=True)
-        elif not path.is_dir():
+            return
+        if not path.is_dir():
             raise UserError(f"the mountpoint {path} is not a folder; give a folder or a path that does not exist")
-        elif os.path.ismount(path):
+        if os.path.ismount(path):
             raise UserError(f"something is already mounted at {path}; unmount it or give another mountpoint")
-        elif any(path.iterdir()):
+        if any(path.iterdir()):
             raise UserError(f"the mountpoint {path} is not empty: its files would be hidden; give an empty folder")
     except OSError as e:
         raise UserError(f"the mountpoint {path} cannot be used: {e.strerror}; give another one") from e

@@ -28,15 +28,17 @@ class Opened:
 class Handles:
     """The table of one mount."""
 
-    def __init__(self, store: Store, transport: Transport, passthrough: bool) -> None:
-        self.store, self.transport, self.passthrough = store, transport, passthrough
+    def __init__(self, store: Store, transport: Transport, passthrough: bool, direct_writes: bool) -> None:
+        """`direct_writes`: portable writers bypass the page cache, which would only be filled to be dropped again."""
+        self.store, self.transport = store, transport
+        self.passthrough, self.direct_writes = passthrough, direct_writes
         self._open: dict[int, Opened] = {}
         self._numbers = itertools.count(1)
         self._flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
         store.files.sources.closing = self._source_closes
 
-    def add(self, handle: Handle) -> pyfuse3.FileInfo:
-        """Give a handle its number and tell the transport how to serve it."""
+    def add(self, handle: Handle, flags: int) -> pyfuse3.FileInfo:
+        """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2)."""
         fh = next(self._numbers)
         source, fd = handle.source, -1
         try:
@@ -48,15 +50,16 @@ class Handles:
                     source.backing_id = self.transport.backing_open(source.fd)
                 self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self._flags)
             else:
-                fd = self._serve(fh, source, handle)
+                write_only = flags & os.O_ACCMODE == os.O_WRONLY
+                fd = self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))
         except BaseException:
             self.store.files.release(handle)
             raise
         self._open[fh] = Opened(handle, fd)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
 
-    def _serve(self, fh: int, source: Source, handle: Handle) -> int:
-        flags = self._flags | (FOPEN_DIRECT_IO if handle.direct else FOPEN_KEEP_CACHE)
+    def _serve(self, fh: int, source: Source, handle: Handle, direct: bool) -> int:
+        flags = self._flags | (FOPEN_DIRECT_IO if direct else FOPEN_KEEP_CACHE)
         fd = os.open(f"/proc/self/fd/{source.fd}", os.O_RDWR | os.O_CLOEXEC) if handle.writable else -1
         served_fd = fd if fd >= 0 else source.fd
         self.transport.set_handle(fh, fd=served_fd, open_flags=flags, served=True, writable=handle.writable)

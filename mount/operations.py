@@ -102,8 +102,8 @@ class Operations(pyfuse3.Operations):
     ) -> Inode:
         _refuse_virtual(parent)
         with self._new_name(parent, name):
-            made = self.names.make(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
-        self._folders_changed(parent)
+            made, folder = self.names.make_in(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
+        self.transport.set_attributes(parent, getattr_answer(folder))
         return made
 
     @contextmanager
@@ -317,7 +317,7 @@ class Operations(pyfuse3.Operations):
         home = self.store.residency.home_for_new()
         inode = self._make(parent, name, stat.S_IFREG | (mode & 0o7777 & ~ctx.umask), ctx, home=home)
         try:
-            info = self.handles.add(self.files.create_content(inode))
+            info = self.handles.add(self.files.create_content(inode), flags)
         except BaseException:
             self._gone_name(parent, name, self.names.unlink(parent, name).ino)
             raise
@@ -333,7 +333,7 @@ class Operations(pyfuse3.Operations):
         handle = await self.files.open(inode, writable, bool(flags & os.O_TRUNC))
         if writable:
             self._strip_set_id(inode, ctx.uid)
-        return self.handles.add(handle)
+        return self.handles.add(handle, flags)
 
     def _open_text(self, inode: int, flags: int) -> Info:
         if flags & WRITE_FLAGS:
