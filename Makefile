@@ -40,7 +40,7 @@ $(VENV)/.python: | system
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.python | system
 	@echo "building cascadefs and its kernels"
-	@$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "Cython>=3.0.11" "numpy>=1.26"
+	@$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "Cython>=3.0.11" "numpy>=1.26" "pyfuse3>=3.5"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e .
 	@touch $@
 

@@ -22,7 +22,7 @@ from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
-    Counters, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
+    Counters, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
     asks_for_capability, await_ready, count, has_answer, least_bytes, recv, send)
 from cython_ext.name_table cimport (
     NameTable, is_absent, name_hash, names_add, names_free, names_init, names_remove)
@@ -66,6 +66,7 @@ cdef class Transport:
     cdef int device_fd
     cdef int socket_fd
     cdef size_t message_max
+    cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted
     cdef bint passthrough_agreed
     cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
@@ -87,6 +88,7 @@ cdef class Transport:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.device_fd, self.socket_fd = device_fd, socket_fd
         self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
+        self.reply_buffer = aligned_buffer(max_message_bytes)
         if map_init(&self.pending, PENDING_SLOTS):
             raise MemoryError()
         if handles_init(&self.handles) or events_init(&self.events) or names_init(&self.names) or (
@@ -98,6 +100,7 @@ cdef class Transport:
 
     def __dealloc__(self):
         map_free(&self.pending)
+        free(self.reply_buffer)
         if self.made:
             handles_free(&self.handles)
             events_free(&self.events)
@@ -124,14 +127,16 @@ cdef class Transport:
             free(buffer)
         check(code)
 
-    def write_replies(self):
-        """Relay pyfuse3's answers until it closes its end of the socket. One thread."""
-        cdef uint8_t *buffer = aligned_buffer(self.message_max)
+    def take_replies(self):
+        """Hand the answers that pyfuse3 has written so far to the kernel; False once it has closed its end. Never waits
+        for one. Called in the thread that pyfuse3 runs in: a thread of its own would cost each answer a wake-up."""
         cdef int code
         with nogil:
-            code = self.reply_loop(buffer)
-            free(buffer)
+            code = self.drain_replies(self.reply_buffer)
+        if code == ECONNRESET:
+            return False
         check(code)
+        return True
 
     def stop(self):
         """Let every read_requests() return before its next request, for good. None that was read is lost."""
@@ -438,16 +443,17 @@ cdef class Transport:
                 return errno
         return 0
 
-    cdef int reply_loop(self, uint8_t *message) noexcept nogil:
+    cdef int drain_replies(self, uint8_t *message) noexcept nogil:
+        """0 when there is none left, ECONNRESET at the end, else an errno."""
         cdef ssize_t got
         while True:
-            got = recv(self.socket_fd, message, self.message_max, MSG_TRUNC)  # the full length, even if cut
+            got = recv(self.socket_fd, message, self.message_max, MSG_TRUNC | MSG_DONTWAIT)  # the full length, even if cut
             if got > 0:
                 self.take_reply(message, <size_t>got)
-            elif got == 0 or errno == ECONNRESET:
-                return 0
+            elif got == 0:
+                return ECONNRESET
             elif errno == EAGAIN:
-                await_ready(self.socket_fd, <short>POLLIN)
+                return 0
             elif errno != EINTR:
                 return errno
 

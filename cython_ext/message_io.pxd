@@ -17,6 +17,7 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *message, size_t size, int flags)
     ssize_t recv(int fd, void *message, size_t size, int flags)
+    int MSG_DONTWAIT
     int MSG_NOSIGNAL
     int MSG_TRUNC
 

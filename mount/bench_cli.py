@@ -84,7 +84,18 @@ def _measure(
         return io.run(chosen, sound, repeats, ballast, step, notes.failure)
 
 
-def _bench_io(json_path: Path | None, quick: bool, repeats: int, store: Path | None, notes: Notes) -> None:
+def _chosen(measures: list[io.Measure], words: tuple[str, ...]) -> list[io.Measure]:
+    """Measures with a row that contains one of the words; all without words."""
+    found = [m for m in measures if not words or any(word in row for row in m.units for word in words)]
+    if not found:
+        rows = ", ".join(row for measure in measures for row in measure.units)
+        raise UserError(f"no measure contains {' or '.join(words)}; there are: {rows}")
+    return found
+
+
+def _bench_io(
+    json_path: Path | None, quick: bool, only: tuple[str, ...], repeats: int, store: Path | None, notes: Notes
+) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_COLUMNS)
@@ -93,10 +104,10 @@ def _bench_io(json_path: Path | None, quick: bool, repeats: int, store: Path | N
     sizes = io.fit(wanted, setup.shm_bytes)
     if sizes != wanted:
         notes.add(f"sizes were cut to free memory (memory tier {io.size_text(setup.shm_bytes)}): some lines are not measured")
-    chosen = io.measures(sizes)
+    chosen = _chosen(io.measures(sizes), only)
     with targets.open_places(setup, notes.add) as (places, memory):
         ballast = io.Ballast(memory, sizes.ballast_bytes)
-        warm_up = io.measures(io.WARM_UP if quick else io.fit(io.QUICK, setup.shm_bytes))
+        warm_up = io.measures(io.WARM_UP if quick or only else io.fit(io.QUICK, setup.shm_bytes))
         samples = _measure(places, ballast, warm_up, chosen, repeats, notes, console)
     table = report.rows(samples, io.units(chosen))
     verdicts = report.acceptance(table, sizes.calls)
@@ -111,18 +122,21 @@ def _bench_io(json_path: Path | None, quick: bool, repeats: int, store: Path | N
 @bench.command("io")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
 @click.option("--quick", is_flag=True, help="64 MiB files, one repeat: half a minute, rough figures.")
+@click.option("--only", multiple=True, metavar="WORD", help="Only measures with WORD in a row's name; may be given again.")
 @click.option("--repeats", type=click.IntRange(1, 100), help=f"Samples of each figure [{REPEATS}; --quick {QUICK_REPEATS}].")
 @click.option(
     "--store",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder in which the temporary stores are made (default: beside CASCADEFS_STORE, else /var/tmp).",
 )
-def bench_io(json_path: Path | None, quick: bool, repeats: int | None, store: Path | None) -> None:
+def bench_io(
+    json_path: Path | None, quick: bool, only: tuple[str, ...], repeats: int | None, store: Path | None
+) -> None:
     """Compare reads, writes and names of the mount with raw tmpfs and with pyfuse3's passthroughfs, in one run."""
     notes = Notes()
     try:
         with _tidy_exit():
-            _bench_io(json_path, quick, repeats or (QUICK_REPEATS if quick else REPEATS), store, notes)
+            _bench_io(json_path, quick, only, repeats or (QUICK_REPEATS if quick else REPEATS), store, notes)
     except UserError as why:
         raise click.ClickException(str(why)) from why
     if notes.failed & {targets.CASCADE, targets.PORTABLE}:

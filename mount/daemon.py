@@ -166,6 +166,7 @@ class Daemon:
         if self.operations.drops_memory:
             self.store.release_memory()
         self.store.close()
+        log.info("unmounted; the daemon leaves")
 
 
 def kernel_release() -> tuple[int, ...]:

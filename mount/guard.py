@@ -8,22 +8,21 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import pyfuse3
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Wrap one handler."""
+def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
+    """Wrap one handler. The answers of others are delivered before its own is written: the socket always has room."""
 
     @functools.wraps(handler)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    async def run(operations: Any, *args: Any) -> R:
         try:
-            return await handler(*args, **kwargs)
+            return await handler(operations, *args)
         except pyfuse3.FUSEError:
             raise
         except OSError as e:
@@ -33,6 +32,8 @@ def guarded(handler: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         except Exception as e:
             log.exception("%s failed", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from e
+        finally:
+            operations.transport.take_replies()
 
     return run
 

@@ -3,6 +3,8 @@
 Owns: the socket pair, the transport and its threads. Does not know what the operations do. Invariants:
 (1) The session ends when the kernel ends the connection, and only then; the device is closed last.
 (2) pyfuse3 is unmodified: it believes that its end of the socket pair is /dev/fuse (libfuse's "/dev/fd/N").
+(3) Answers are taken out of the socket pair after each handler (guard.py) and before trio waits: it is never full, so
+    pyfuse3, which writes to it in the trio thread, never blocks.
 """
 
 import contextlib
@@ -10,7 +12,6 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
 
 import pyfuse3
 import trio
@@ -26,6 +27,17 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 READERS_PASSTHROUGH, READERS_PORTABLE = 1, 2
 
 
+class Replies(trio.abc.Instrument):
+    """Delivers what the handlers have answered before trio goes to sleep: no other thread has to be woken for it."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Called by trio in each of its rounds."""
+        self._transport.take_replies()
+
+
 class Session:
     """A mounted connection; `await run()` serves it."""
 
@@ -39,34 +51,48 @@ class Session:
         self._theirs = theirs.detach()  # libfuse closes it
         self.transport = Transport(device.fd, self._ours.fileno(), passthrough=self.wanted)
         self._threads: list[threading.Thread] = []
+        self._closed = False
 
     async def run(self, operations: pyfuse3.Operations) -> None:
         """Serve until the mount is gone."""
         pyfuse3.init(operations, f"/dev/fd/{self._theirs}", set(pyfuse3.default_options))
         token = trio.lowlevel.current_trio_token()
         readers = READERS_PASSTHROUGH if self.wanted else READERS_PORTABLE
-        for name, work in [("fuse-requests", self.transport.read_requests)] * readers:
-            self._start(name, lambda work=work: self._until_gone(work, token))  # type: ignore[misc]
-        self._start("fuse-replies", self.transport.write_replies)
+        for _ in range(readers):
+            thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        replies = Replies(self.transport)
+        trio.lowlevel.add_instrument(replies)
         try:
-            await pyfuse3.main()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._take_late_replies)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
         finally:
+            trio.lowlevel.remove_instrument(replies)
             self._close()
 
-    def _start(self, name: str, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+    async def _take_late_replies(self) -> None:
+        """What pyfuse3 writes in a thread of its own: invalidations."""
+        while self.transport.take_replies():
+            await trio.lowlevel.wait_readable(self._ours)
 
-    def _until_gone(self, work: Callable[[], None], token: trio.lowlevel.TrioToken) -> None:
+    def _read_until_gone(self, token: trio.lowlevel.TrioToken) -> None:
         try:
-            work()
+            self.transport.read_requests()
         except OSError as e:
             log.error("the FUSE device failed: %s", e)
         with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(pyfuse3.terminate)
+            token.run_sync_soon(self._terminate)
+
+    def _terminate(self) -> None:
+        """Each reader says that the mount is gone; the second one may come when libfuse's session is no more."""
+        if not self._closed:
+            pyfuse3.terminate()
 
     def _close(self) -> None:
+        self._closed = True
         self.transport.stop()
         pyfuse3.close(unmount=False)
         with contextlib.suppress(OSError):

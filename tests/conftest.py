@@ -66,6 +66,7 @@ class Mount:
     def stop(self, *options: str) -> None:
         done = cascadefs("umount", self.path, *options)
         assert done.returncode == 0, done.stderr
+        assert (self.store / "cascadefs.log").read_text().rstrip().endswith("the daemon leaves")  # it did not just die
 
     def flush(self) -> None:
         done = cascadefs("flush", self.path)

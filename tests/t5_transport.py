@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import socket
 import struct
 import threading
@@ -25,9 +26,14 @@ class Wire:
             end.settimeout(TIMEOUT_S)
         self.held = (device, relay)
         self.transport = Transport(device.fileno(), relay.fileno(), passthrough=True, **options)
-        self.threads = [threading.Thread(target=f) for f in (self.transport.read_requests, self.transport.write_replies)]
+        self.relay = relay
+        self.threads = [threading.Thread(target=f) for f in (self.transport.read_requests, self.relay_replies)]
         for thread in self.threads:
             thread.start()
+
+    def relay_replies(self):
+        while self.transport.take_replies():
+            select.select([self.relay], [], [], TIMEOUT_S)
 
     def close(self):
         self.kernel.close()

@@ -35,7 +35,7 @@ METHOD = (
     " open a fresh name, one write, close. get: the first read of each file, one readv. 2 processes: bytes of both"
     " over the time from the first start to the last end, in 1 MiB calls. open + close: the same file, for"
     " reading. create: empty files. stat: each name once after all were created (the kernel may answer from its"
-    " own cache where the filesystem allows it). mmap read: map, copy out, unmap of a file that was mapped once"
+    " own cache where the filesystem allows it). mmap read: map, copy out, unmap of a file that was mapped twice"
     " before.",
     "What the last call of a read delivered is compared with what was written, outside the clock. Rates are"
     " decimal: 1 GB/s = 1e9 bytes per second. pyfuse3 passthroughfs runs with its default options over the same"

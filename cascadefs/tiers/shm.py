@@ -6,7 +6,9 @@ Owns: the tmpfs mount at /dev/shm/cascadefs-<store id>. Invariants:
 (2) Without a mount of our own, usage is summed over the files; with one, the kernel counts it.
 """
 
+import contextlib
 import ctypes
+import logging
 import os
 import time
 from pathlib import Path
@@ -15,7 +17,8 @@ from cascadefs.tiers.files import FileTier
 
 BURST_SHARE = 0.5
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
-MS_NOSUID, MS_NODEV, MS_REMOUNT = 2, 4, 32
+MS_NOSUID, MS_NODEV, MS_REMOUNT, MNT_DETACH = 2, 4, 32, 2
+log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,5 +75,7 @@ class ShmTier(FileTier):
         """Give the memory back: every copy goes. Only after everything is durable."""
         for digest in list(self.objects):
             self.drop(digest)
-        if self.own_mount:
-            _libc.umount2(os.fsencode(self.folder), 2)
+        if self.own_mount and _libc.umount2(os.fsencode(self.folder), MNT_DETACH):
+            log.warning("the memory tier %s stays mounted: %s", self.folder, os.strerror(ctypes.get_errno()))
+        with contextlib.suppress(OSError):  # it holds what release() did not know of: then it stays
+            self.folder.rmdir()
