@@ -117,7 +117,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
     for key in from_file:
         if key not in names:
             raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(names)}")
-    reserved = {"CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER"}
+    reserved = {"CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER", "CASCADEFS_CRASH_PLAN"}
     for key in environ:
         if key.startswith("CASCADEFS_") and key not in reserved and key[10:].lower() not in names:
             raise ConfigError(f"unknown setting {key} in the environment; known: {', '.join(names)}")

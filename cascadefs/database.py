@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadefs.config import MIB
+from cascadefs.crash import point
 from cascadefs.errors import StoreError
 
 FORMAT = 1
@@ -28,7 +29,7 @@ SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
   nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, size INTEGER NOT NULL, atime_ns INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
   ctime_ns INTEGER NOT NULL, home INTEGER NOT NULL DEFAULT 0, oid INTEGER, durable_oid INTEGER, target BLOB,
-  blocks INTEGER NOT NULL DEFAULT 0);
+  blocks INTEGER NOT NULL DEFAULT 0, last_op INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX inodes_oid ON inodes(oid) WHERE oid IS NOT NULL;
 CREATE INDEX inodes_home ON inodes(home) WHERE home > 0;
 CREATE INDEX inodes_orphan ON inodes(nlink) WHERE nlink = 0;
@@ -61,8 +62,10 @@ class StoreIdentity:
     block_bytes: int
 
 
-def _claim(folder: Path) -> int:
-    """A descriptor of `folder` that holds its exclusive lock."""
+def claim(folder: Path) -> int:
+    """A descriptor of `folder`, made when missing, that holds its exclusive lock. Raises StoreError."""
+    check_store_folder(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,12 +122,10 @@ def check_store_folder(folder: Path) -> None:
 class Database:
     """An open store database. `identity` never changes; `connection` belongs to the thread that opened it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open or create. Raises StoreError. Holds the lock of the store until close()."""
-        check_store_folder(folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
+    def __init__(self, folder: Path, claim_fd: int | None = None) -> None:
+        """Open or create. Raises StoreError. Holds the lock of the store until close(); one that was claimed before is used."""
         self.folder = folder
-        self._claim_fd = _claim(folder)
+        self._claim_fd = claim(folder) if claim_fd is None else os.dup(claim_fd)
         try:
             path = folder / "store.json"
             self.identity = _read_identity(path) if path.exists() else _make_identity(path)
@@ -149,6 +150,8 @@ class Database:
             raise StoreError(f"{path} is damaged ({e}); restore it from a copy") from e
         if new or not tables:
             connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
+        elif "last_op" not in {row[1] for row in connection.execute("PRAGMA table_info(inodes)")}:
+            connection.execute("ALTER TABLE inodes ADD COLUMN last_op INTEGER NOT NULL DEFAULT 0")  # stores made before 0.2
         return connection
 
     @contextmanager
@@ -163,7 +166,9 @@ class Database:
         except BaseException:
             self.connection.execute("ROLLBACK")
             raise
+        point("commit")
         self.connection.execute("COMMIT")
+        point("committed")
 
     def sync(self) -> None:
         """Make every committed transaction survive power loss. Safe in any thread; blocks for one fsync."""
@@ -171,6 +176,7 @@ class Database:
 
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""
+        point("checkpoint")
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
         os.close(self.wal_fd)

@@ -17,6 +17,7 @@ from dataclasses import replace
 import trio
 
 from cascadefs.config import FILE_BYTES_MAX, Settings
+from cascadefs.crash import point
 from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
@@ -72,8 +73,15 @@ class Files:
             live.lock.release()
             self.forget_if_gone(ino)
 
+    def inherit(self, ino: int, writable: bool, direct: bool) -> Handle:
+        """A handle that an earlier process opened and the kernel still has. The row tells which file is behind it."""
+        inode = self.namespace.get(ino)
+        live = self.of(ino)
+        return live.enter(self._open_source(live, inode), writable, direct)
+
     def create_content(self, inode: Inode) -> Handle:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
+        point("created")
         fd = self.residency.tier_of(inode.home).create_staged(inode.ino)
         return self.of(inode.ino).enter(self.sources.take(("staged", inode.ino), lambda: fd), True)
 
@@ -108,11 +116,13 @@ class Files:
 
     def delete(self, inode: Inode) -> None:
         """An inode without name and user goes, and what only it referred to."""
+        point("unlinked")
         oids = {oid for oid in (inode.oid, inode.durable_oid) if oid is not None}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
             self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
             self.namespace.delete_inode(inode.ino)
+        point("deleted")
         self.to_seal.pop(inode.ino, None)
         if inode.home:
             self.residency.tier_of(inode.home).drop_staged(inode.ino)
@@ -120,27 +130,30 @@ class Files:
 
     async def _source_for(self, live: Live, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""
+        source = self._open_source(live, inode)
+        if source is not None or inode.oid is None:
+            self.residency.hits += source is not None and source.key[0] == "object"
+            return source
+        found = self.index.object(inode.oid)
+        self.residency.misses += 1
+        if found.size_bytes > self.settings.promote_limit or not await self.residency.promote(found):
+            return None
+        return self._open_source(live, inode)
+
+    def _open_source(self, live: Live, inode: Inode) -> Source | None:
+        """The same from what is here: an open source, the staged file, a copy of the object; None when there is none."""
         if live.source is not None:
             return self.sources.share(live.source)
         if inode.home:
             path = self.staged_path(inode)
             return self.sources.take(("staged", inode.ino), lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if inode.oid is None:
-            return None
-        found = self.index.object(inode.oid)
-        tier = self.residency.holder(found.digest)
+        digest = self.index.object(inode.oid).digest if inode.oid is not None else b""
+        tier = self.residency.holder(digest)
         if tier is None:
-            self.residency.misses += 1
-            if found.size_bytes > self.settings.promote_limit or not await self.residency.promote(found):
-                return None
-            tier = self.residency.holder(found.digest)
-            if tier is None:
-                return None
-        else:
-            self.residency.hits += 1
-            if tier is self.residency.memory:
-                self.residency.policy.touched(found.digest)
-        return self.sources.take(("object", found.digest), lambda: tier.open_object(found.digest))
+            return None
+        if tier is self.residency.memory:
+            self.residency.policy.touched(digest)
+        return self.sources.take(("object", digest), lambda: tier.open_object(digest))
 
     # --- object -> staged: a writer comes
 
@@ -160,6 +173,7 @@ class Files:
             os.truncate(path, cut_at)
         else:
             os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
+        point("staged")
         self.dead += self.index.set_content(inode.ino, home, None, inode.size)
         if found is not None and taken is not None:
             self.residency.drop(taken, found.digest)

@@ -69,9 +69,9 @@ class Live:
         except trio.WouldBlock:
             await self.lock.acquire()
 
-    def enter(self, source: Source | None, writable: bool) -> Handle:
-        """Count a new handle; `source` already counts it as a user."""
-        handle = Handle(self.ino, writable, source, source is None or self.directs > 0)
+    def enter(self, source: Source | None, writable: bool, direct: bool | None = None) -> Handle:
+        """Count a new handle; `source` already counts it as a user. `direct` is given when the kernel has it already."""
+        handle = Handle(self.ino, writable, source, (source is None or self.directs > 0) if direct is None else direct)
         self.handles += 1
         self.writers += writable
         self.directs += handle.direct

@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from cascadefs import scheduler
+from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord, os_error
 from cascadefs.files import Files
 from cascadefs.sealing import Sealer
@@ -159,7 +160,9 @@ class Mover:
             number, position = await self._open_extent()
             write = partial(self.cold.append, number, position, part)
             placed, end = await trio.to_thread.run_sync(write)
+            point("appended")
             self.files.dead += self.index.place(placed, number, end)
+            point("placed")
             if end >= self.files.settings.extent_size:
                 await self._seal_extent(number, end)
 
@@ -175,6 +178,7 @@ class Mover:
     async def _seal_extent(self, number: int, end: int) -> None:
         records = self.index.extent_records(number)
         size = await trio.to_thread.run_sync(partial(self.cold.seal, number, end, records))
+        point("extent sealed")
         self.index.seal_extent(number, size)
 
     async def _set_aside(self, objects: Sequence[Object], why: CorruptRecord) -> None:
@@ -208,6 +212,7 @@ class Mover:
                 elif self.residency.holder(found.digest) is None:
                     log.error("object %s is dirty and has no copy", found.digest.hex())
                     self.unflushable.add(found.oid)
+        point("durable")
         if ready:
             await trio.to_thread.run_sync(self.files.database.sync)
         for digest in ready:
@@ -222,6 +227,7 @@ class Mover:
         if not dead and not gone:
             return
         await trio.to_thread.run_sync(self.files.database.sync)
+        point("forgotten")
         await trio.to_thread.run_sync(self._punch, dead)
         for number in gone:
             self.index.forget_extent(number)

@@ -7,6 +7,8 @@ Invariants:
 (3) A folder has exactly one entry; no entry leads into its own subtree.
 (4) A number of an inode or an entry is not used again while the process lives.
 (5) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
+(6) `op` numbers of changes grow; inodes.last_op is the highest whose change touched that row (of a folder: a change of its
+    names). A change of number n on a row is committed exactly when its last_op is at least n: see is_done().
 """
 
 import errno
@@ -24,6 +26,7 @@ ROOT = 1
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 XATTR_CREATE, XATTR_REPLACE = 1, 2
 LINK_MAX = 65000  # as ext4
+HOLDER = b"holder"
 
 _COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target, blocks"
 _PREFIXED = ", ".join("i." + column for column in _COLUMNS.split(", "))
@@ -152,6 +155,7 @@ class Namespace:
         rdev: int = 0,
         target: bytes | None = None,
         home: int = 0,
+        op: int = 0,
     ) -> tuple[Inode, Inode]:
         """(a new inode under a new name, its folder afterwards); `mode` holds type and permissions, umask already applied."""
         if target is not None and len(target) > SYMLINK_MAX:
@@ -159,7 +163,7 @@ class Namespace:
         now = time.time_ns()
         is_folder = stat.S_ISDIR(mode)
         with self._database.transaction():
-            folder = self._fit_for_new(self._touch_folder(parent, now, 1 if is_folder else 0), name)
+            folder = self._fit_for_new(self._touch_folder(parent, now, 1 if is_folder else 0, op), name)
             if folder.mode & stat.S_ISGID:
                 gid = folder.gid
                 mode |= stat.S_ISGID if is_folder else 0
@@ -168,10 +172,10 @@ class Namespace:
         size = len(target or b"")
         return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target, 0), folder
 
-    def make_orphan(self, mode: int, home: int) -> Inode:
-        """An inode without a name: it holds content for a while; recovery deletes it."""
+    def make_holder(self, mode: int, home: int) -> Inode:
+        """An inode that never has a name: it holds content for a while. Its target tells it from others."""
         with self._database.transaction():
-            ino = self._insert(None, mode, 0, 0, 0, 0, time.time_ns(), None, home)
+            ino = self._insert(None, mode, 0, 0, 0, 0, time.time_ns(), HOLDER, home)
         return self.get(ino)
 
     def _enter(self, parent: int, name: bytes, ino: int) -> None:
@@ -179,16 +183,18 @@ class Namespace:
         if cursor.rowcount == 0:
             raise os_error(errno.EEXIST, name)
 
-    def _touch_folder(self, ino: int, now: int, links: int) -> Inode:
+    def _touch_folder(self, ino: int, now: int, links: int, op: int) -> Inode:
         """The folder after a change in it; one statement instead of three, because every create waits for it."""
         row = self._db.execute(
-            f"UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+? WHERE ino=? RETURNING {_COLUMNS}", (now, now, links, ino)
+            "UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+?, last_op=max(last_op, ?) WHERE ino=? "
+            f"RETURNING {_COLUMNS}",
+            (now, now, links, op, ino),
         ).fetchone()
         if row is None:
             raise os_error(errno.ESTALE, f"inode {ino}")
         return Inode(*row)
 
-    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+    def link(self, ino: int, parent: int, name: bytes, op: int = 0) -> Inode:
         """Another name for a file."""
         now = time.time_ns()
         with self._database.transaction():
@@ -201,24 +207,24 @@ class Namespace:
             if inode.nlink == 0:
                 raise os_error(errno.ENOENT, name)
             self._enter(parent, name, ino)
-            self._touch_folder(parent, now, 0)
+            self._touch_folder(parent, now, 0, op)
             self._db.execute("UPDATE inodes SET nlink=nlink+1, ctime_ns=? WHERE ino=?", (now, ino))
         return self.get(ino)
 
     # --- taking away
 
-    def _leave(self, parent: int, name: bytes, inode: Inode, now: int) -> None:
+    def _leave(self, parent: int, name: bytes, inode: Inode, now: int, op: int = 0) -> None:
         """Remove an entry and what it counts for."""
         is_folder = stat.S_ISDIR(inode.mode)
         self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
-        self._touch_folder(parent, now, -1 if is_folder else 0)
+        self._touch_folder(parent, now, -1 if is_folder else 0, op)
         links = 0 if is_folder else inode.nlink - 1
         self._db.execute("UPDATE inodes SET nlink=?, ctime_ns=? WHERE ino=?", (links, now, inode.ino))
 
     def _is_empty(self, ino: int) -> bool:
         return self._db.execute("SELECT 1 FROM entries WHERE parent=? LIMIT 1", (ino,)).fetchone() is None
 
-    def unlink(self, parent: int, name: bytes) -> Inode:
+    def unlink(self, parent: int, name: bytes, op: int = 0) -> Inode:
         """Remove a name; returns the inode as it is afterwards (nlink 0: an orphan)."""
         with self._database.transaction():
             inode = self.lookup(parent, name)
@@ -226,10 +232,10 @@ class Namespace:
                 raise os_error(errno.ENOENT, name)
             if stat.S_ISDIR(inode.mode):
                 raise os_error(errno.EISDIR, name)
-            self._leave(parent, name, inode, time.time_ns())
+            self._leave(parent, name, inode, time.time_ns(), op)
         return self.get(inode.ino)
 
-    def rmdir(self, parent: int, name: bytes) -> Inode:
+    def rmdir(self, parent: int, name: bytes, op: int = 0) -> Inode:
         """Remove an empty folder."""
         with self._database.transaction():
             inode = self.lookup(parent, name)
@@ -239,7 +245,7 @@ class Namespace:
                 raise os_error(errno.ENOTDIR, name)
             if not self._is_empty(inode.ino):
                 raise os_error(errno.ENOTEMPTY, name)
-            self._leave(parent, name, inode, time.time_ns())
+            self._leave(parent, name, inode, time.time_ns(), op)
         return self.get(inode.ino)
 
     def delete_inode(self, ino: int) -> None:
@@ -258,9 +264,16 @@ class Namespace:
         """Inodes without a name."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE nlink=0")]
 
+    def is_done(self, ino: int, op: int) -> bool:
+        """Whether change `op`, which touches row `ino`, was committed. Only before any later change of that row."""
+        row = self._db.execute("SELECT last_op FROM inodes WHERE ino=?", (ino,)).fetchone()
+        return row is not None and row[0] >= op
+
     # --- moving
 
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> tuple[bool, Inode | None]:
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, op: int = 0
+    ) -> tuple[bool, Inode | None]:
         """rename(2) with flags; (whether the old name is gone, the inode that lost its name to the move)."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise os_error(errno.EINVAL, new_name)
@@ -273,14 +286,14 @@ class Namespace:
             target = self.lookup(new_parent, new_name)
             self._refuse_loops(source, new_parent)
             if flags & RENAME_EXCHANGE:
-                self._exchange(parent, name, source, new_parent, new_name, target, now)
+                self._exchange(parent, name, source, new_parent, new_name, target, now, op)
                 return False, None
             if target is not None and target.ino == source.ino:
                 return False, None
             if target is not None:
                 self._refuse_replacing(source, target, new_name, flags)
                 self._leave(new_parent, new_name, target, now)
-            self._move(parent, name, source, new_parent, new_name, now)
+            self._move(parent, name, source, new_parent, new_name, now, op)
         return True, self.find(target.ino) if target else None
 
     def _refuse_loops(self, source: Inode, new_parent: int) -> None:
@@ -302,16 +315,24 @@ class Namespace:
         elif stat.S_ISDIR(source.mode):
             raise os_error(errno.ENOTDIR, new_name)
 
-    def _move(self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, now: int) -> None:
+    def _move(self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, now: int, op: int) -> None:
         links = 1 if stat.S_ISDIR(source.mode) else 0
         self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
-        self._touch_folder(parent, now, -links)
+        self._touch_folder(parent, now, -links, 0)
         self._enter(new_parent, new_name, source.ino)
-        self._touch_folder(new_parent, now, links)
+        self._touch_folder(new_parent, now, links, op)
         self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (now, source.ino))
 
     def _exchange(
-        self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, target: Inode | None, now: int
+        self,
+        parent: int,
+        name: bytes,
+        source: Inode,
+        new_parent: int,
+        new_name: bytes,
+        target: Inode | None,
+        now: int,
+        op: int,
     ) -> None:
         if target is None:
             raise os_error(errno.ENOENT, new_name)
@@ -319,8 +340,8 @@ class Namespace:
         difference = stat.S_ISDIR(target.mode) - stat.S_ISDIR(source.mode)
         self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (target.ino, parent, name))
         self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (source.ino, new_parent, new_name))
-        self._touch_folder(parent, now, difference)
-        self._touch_folder(new_parent, now, -difference)
+        self._touch_folder(parent, now, difference, 0)
+        self._touch_folder(new_parent, now, -difference, op)
         self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino IN (?,?)", (now, source.ino, target.ino))
 
     def replace_inode(self, ino: int) -> int:
@@ -374,9 +395,9 @@ class Namespace:
             self._db.execute("INSERT OR REPLACE INTO xattrs VALUES(?,?,?)", (ino, name, value))
             self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (time.time_ns(), ino))
 
-    def remove_xattr(self, ino: int, name: bytes) -> None:
+    def remove_xattr(self, ino: int, name: bytes, op: int = 0) -> None:
         """ENODATA when there is none."""
         with self._database.transaction():
             if self._db.execute("DELETE FROM xattrs WHERE ino=? AND name=?", (ino, name)).rowcount == 0:
                 raise os_error(errno.ENODATA, name)
-            self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (time.time_ns(), ino))
+            self._db.execute("UPDATE inodes SET ctime_ns=?, last_op=max(last_op, ?) WHERE ino=?", (time.time_ns(), op, ino))

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 from cascadefs.files import Files
+from cascadefs.namespace import HOLDER
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Object
 
@@ -28,17 +29,20 @@ class Recovered:
     dropped_files: int = 0
 
 
-def recover(files: Files) -> Recovered:
-    """See the invariants."""
+def recover(files: Files, keep_orphans: bool = False) -> Recovered:
+    """See the invariants. keep_orphans: those that had a name wait for the kernel to forget them."""
     result = Recovered()
     with files.database.transaction():
         for ino in files.index.staged_inodes():
             _check_staged(files, files.namespace.get(ino), result)
         for found in files.index.all_dirty():
             _check_dirty(files, found, result)
-    for ino in files.namespace.orphans():
-        files.delete(files.namespace.get(ino))
-        result.orphans += 1
+    for inode in map(files.namespace.get, files.namespace.orphans()):
+        if keep_orphans and inode.target != HOLDER:
+            files.lookups[inode.ino] = 1
+        else:
+            files.delete(inode)
+            result.orphans += 1
     for tier in (files.residency.memory, files.residency.parking):
         _drop_unknown(files, tier, result)
     files.residency.tidy()

@@ -14,6 +14,7 @@ from functools import partial
 import trio
 
 from cascadefs import scheduler
+from cascadefs.crash import point
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
@@ -70,6 +71,7 @@ class Residency:
         for digest in scheduler.plan_eviction(self.memory_state(), self.policy.victims(), wanted_bytes):
             self.drop(self.memory, digest)
             self.evicted += 1
+            point("evicted")
 
     def mark_clean(self, digest: bytes) -> None:
         """The object of this digest is durable now."""
@@ -146,6 +148,7 @@ class Residency:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             raise
+        point("promoted")
         if self.holder(found.digest) is None:
             self.memory.place_object(path, found.digest)
             self.policy.touched(found.digest)

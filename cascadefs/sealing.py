@@ -19,6 +19,7 @@ from itertools import islice
 import trio
 
 from cascadefs.config import FILE_BYTES_MAX
+from cascadefs.crash import point
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files
@@ -72,7 +73,9 @@ class Sealer:
             state = os.fstat(fd)
             if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
                 return False
+            point("leased")
             content = await self._content(fd, state.st_size, tier is self.residency.memory)
+            point("hashed")
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
             self._show_object(live, inode, tier, state, content)
@@ -126,12 +129,14 @@ class Sealer:
         if content.size_bytes and self.residency.holder(content.digest) is None:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
+            point("adopted")
         with files.database.transaction():
             oid = self._object_of(content).oid if content.size_bytes else None
             files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
             changed = max(inode.ctime_ns, state.st_mtime_ns)
             blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
             files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+        point("sealed")
         tier.drop_staged(inode.ino)
         if live.source is not None and adopted:
             files.sources.rename(live.source, ("object", content.digest))
@@ -164,7 +169,7 @@ class Sealer:
         if self.files.attributes(ino).size > FILE_BYTES_MAX:
             raise os_error(errno.EFBIG, f"inode {ino}")
         namespace = self.files.namespace
-        holder = namespace.make_orphan(ORPHAN_MODE, self.residency.home_for_new())
+        holder = namespace.make_holder(ORPHAN_MODE, self.residency.home_for_new())
         tier = self.residency.tier_of(holder.home)
         source = os.open(self.files.staged_path(inode), os.O_RDONLY | os.O_CLOEXEC)
         live = self.files.of(holder.ino)

@@ -5,11 +5,14 @@ Owns: the names of the figures. Changes nothing. Figures are bytes and counts si
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from cascadefs.store import Store
+
+VERSION = version("cascadefs")
 
 
 def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,11 +22,12 @@ def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
     logical += sum(size - row for size, row, _, _ in staged)
     unique = totals["unique_bytes"] + sum(size for size, _, _, _ in staged)
     return {
+        "keeper_pid": None,
         **extra,
+        "version": VERSION,
         "store": str(store.settings.store),
         "store_id": store.database.identity.store_id,
         "worker_pid": os.getpid(),
-        "keeper_pid": None,
         "files": files,
         "logical_bytes": logical,
         "unique_bytes": unique,

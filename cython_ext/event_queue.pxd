@@ -1,41 +1,48 @@
 # Requests that nobody waits for (RELEASE, FORGET), kept until Python takes them in one go.
 #
-# Owns: a ring of bounded size. A .pxd of inline functions, compiled into fuse_transport. Knows no handle and no inode.
-# Invariants: (1) Events are taken in the order they were put, each once. (2) A full ring takes nothing: the request then goes
-# to pyfuse3 as any other. (3) The mutex is held for a few memory accesses only.
+# Owns: the use of a ring of bounded size, which lies in memory that outlives the process: who answered a RELEASE may be killed
+# before Python has seen it. A .pxd of inline functions, compiled into fuse_transport. Knows no handle and no inode.
+# Invariants: (1) Events are taken in the order they were put. Each is handed out once in the life of a process, and again to the
+# next process unless events_done() was called after it. (2) A full ring takes nothing: the request then goes to pyfuse3 as any
+# other. (3) The mutex is held for a few memory accesses only. (4) An event is written before `put` tells of it.
 
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.fuse_abi cimport *
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memmove
 
 cdef enum:
     RING_EVENTS = 1 << 16  # a power of two; 1.5 MiB; Python empties it every few milliseconds
+    SEQ_CST = 5  # __ATOMIC_SEQ_CST
 
 ctypedef struct Event:
     uint64_t kind  # an opcode
     uint64_t subject  # file handle or inode
     uint64_t count
 
+ctypedef struct EventRing:  # counts of events that were put and that are done with; zeros are an empty ring
+    uint64_t put
+    uint64_t done
+    Event events[RING_EVENTS]
+
 ctypedef struct EventQueue:
     pthread_mutex_t mutex
-    Event *ring
-    uint64_t put
+    EventRing *ring
     uint64_t taken
 
+cdef extern from * nogil:  # built into gcc and clang
+    void __atomic_store_n(uint64_t *at, uint64_t value, int order)
 
-cdef inline int events_init(EventQueue *queue) noexcept nogil:
-    """0, or -1 when there is no memory."""
-    queue.ring = <Event *>malloc(RING_EVENTS * sizeof(Event))
-    queue.put = queue.taken = 0
+
+cdef inline void events_init(EventQueue *queue, void *memory) noexcept nogil:
+    """`memory`: sizeof(EventRing) bytes that outlive the queue."""
+    queue.ring = <EventRing *>memory
+    queue.taken = queue.ring.done
     pthread_mutex_init(&queue.mutex, NULL)
-    return 0 if queue.ring != NULL else -1
 
 
 cdef inline void events_free(EventQueue *queue) noexcept nogil:
-    free(queue.ring)
     pthread_mutex_destroy(&queue.mutex)
 
 
@@ -44,11 +51,11 @@ cdef inline bint events_put(EventQueue *queue, uint64_t kind, uint64_t subject, 
     cdef Event *event
     cdef bint room
     pthread_mutex_lock(&queue.mutex)
-    room = queue.put - queue.taken < RING_EVENTS
+    room = queue.ring.put - queue.ring.done < RING_EVENTS
     if room:
-        event = &queue.ring[queue.put & (RING_EVENTS - 1)]
+        event = &queue.ring.events[queue.ring.put & (RING_EVENTS - 1)]
         event.kind, event.subject, event.count = kind, subject, count
-        queue.put += 1
+        __atomic_store_n(&queue.ring.put, queue.ring.put + 1, SEQ_CST)
     pthread_mutex_unlock(&queue.mutex)
     return room
 
@@ -57,12 +64,19 @@ cdef inline bint events_take(EventQueue *queue, Event *event) noexcept nogil:
     """False when there is none."""
     cdef bint some
     pthread_mutex_lock(&queue.mutex)
-    some = queue.put != queue.taken
+    some = queue.ring.put != queue.taken
     if some:
-        event[0] = queue.ring[queue.taken & (RING_EVENTS - 1)]
+        event[0] = queue.ring.events[queue.taken & (RING_EVENTS - 1)]
         queue.taken += 1
     pthread_mutex_unlock(&queue.mutex)
     return some
+
+
+cdef inline void events_done(EventQueue *queue) noexcept nogil:
+    """What was taken so far has had its effect: nobody needs to see it again."""
+    pthread_mutex_lock(&queue.mutex)
+    queue.ring.done = queue.taken
+    pthread_mutex_unlock(&queue.mutex)
 
 
 cdef inline bint keep_forgets(EventQueue *queue, uint8_t *message, size_t size) noexcept nogil:

@@ -11,11 +11,19 @@ cdef enum:
     FUSE_LOOKUP = 1
     FUSE_FORGET = 2
     FUSE_GETATTR = 3
+    FUSE_SYMLINK = 6
+    FUSE_MKNOD = 8
+    FUSE_MKDIR = 9
+    FUSE_UNLINK = 10
+    FUSE_RMDIR = 11
+    FUSE_RENAME = 12
+    FUSE_LINK = 13
     FUSE_OPEN = 14
     FUSE_READ = 15
     FUSE_WRITE = 16
     FUSE_RELEASE = 18
     FUSE_GETXATTR = 22
+    FUSE_REMOVEXATTR = 24
     FUSE_INIT = 26
     FUSE_READDIR = 28
     FUSE_CREATE = 35
@@ -24,6 +32,7 @@ cdef enum:
     FUSE_BATCH_FORGET = 42
     FUSE_FALLOCATE = 43
     FUSE_READDIRPLUS = 44
+    FUSE_RENAME2 = 45
     FUSE_LSEEK = 46
     OPCODE_SLOTS = 64  # opcodes are counted in an array; 7.45 ends at 53
 
@@ -47,6 +56,9 @@ cdef enum:  # fuse_init_in.flags, fuse_init_out.flags; flags2 holds bits 32 to 6
 cdef enum:  # ioctls of /dev/fuse: _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t)
     DEV_IOC_BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
     DEV_IOC_BACKING_CLOSE = (1 << 30) | (4 << 16) | (229 << 8) | 2
+
+cdef enum:
+    NOTIFY_RESEND = 7  # notifications have unique 0 and their code where replies have the error
 
 ctypedef struct fuse_in_header:
     uint32_t len

@@ -15,7 +15,8 @@
 
 from cython_ext.attribute_table cimport (
     AttributeTable, attributes_copy, attributes_drop, attributes_free, attributes_init, attributes_put)
-from cython_ext.event_queue cimport Event, EventQueue, events_free, events_init, events_put, events_take, keep_forgets
+from cython_ext.event_queue cimport (
+    Event, EventQueue, EventRing, events_done, events_free, events_init, events_put, events_take, keep_forgets)
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_drop, handles_free, handles_init, handles_put, handles_return,
@@ -23,7 +24,7 @@ from cython_ext.handle_table cimport (
 from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
     Counters, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
-    asks_for_capability, await_ready, count, has_answer, least_bytes, recv, send)
+    asks_for_capability, await_ready, count, has_answer, is_told_once, least_bytes, recv, send)
 from cython_ext.name_table cimport (
     NameTable, is_absent, name_hash, names_add, names_free, names_init, names_remove)
 from cython_ext.positioned_io cimport allocate_range, read_range, seek_content, write_range
@@ -35,7 +36,7 @@ from libc.errno cimport (
     EOPNOTSUPP, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.ioctl cimport ioctl
 from posix.unistd cimport read, write
 
@@ -50,7 +51,12 @@ cdef enum:
     PENDING_SLOTS = 1 << 15  # half of it may be used: 16384 opens under way at once
     ANSWER_MAX = 16 + 104  # the longest answer made here but READ: a GETATTR
     SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
+    REQUEST_SLOTS = 1 << 12  # requests whose unique number a handler may ask for; pyfuse3 has 99 handlers at work at most
+    INIT_MAX = 256
 
+cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
+
+EVENT_RING_BYTES = sizeof(EventRing)
 FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
@@ -75,15 +81,21 @@ cdef class Transport:
     cdef bint capabilities  # whether any file may have the xattr security.capability
     cdef HandleTable handles
     cdef ReaderThreads readers
-    cdef pthread_mutex_t mutex  # of pending
+    cdef pthread_mutex_t mutex  # of pending and requests
     cdef U64Map pending  # unique -> opcode
     cdef EventQueue events
+    cdef uint8_t[::1] event_memory  # kept alive
+    cdef uint64_t requests[REQUEST_SLOTS]
+    cdef uint64_t next_request
+    cdef uint8_t init_message[INIT_MAX]
+    cdef size_t init_size
     cdef NameTable names
     cdef AttributeTable attributes
     cdef Counters counters
 
-    def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough,
+    def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, uint8_t[::1] events = None,
                   size_t max_message_bytes = (1 << 20) + (1 << 16)):
+        """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken."""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.device_fd, self.socket_fd = device_fd, socket_fd
@@ -91,9 +103,12 @@ cdef class Transport:
         self.reply_buffer = aligned_buffer(max_message_bytes)
         if map_init(&self.pending, PENDING_SLOTS):
             raise MemoryError()
-        if handles_init(&self.handles) or events_init(&self.events) or names_init(&self.names) or (
-                attributes_init(&self.attributes)):
+        if handles_init(&self.handles) or names_init(&self.names) or attributes_init(&self.attributes):
             raise MemoryError()
+        self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
+        if <size_t>self.event_memory.shape[0] != sizeof(EventRing):
+            raise ValueError("the ring of events has another size")
+        events_init(&self.events, &self.event_memory[0])
         pthread_mutex_init(&self.mutex, NULL)
         pthread_mutex_init(&self.readers.mutex, NULL)
         self.made = self.capabilities = True
@@ -186,6 +201,35 @@ cdef class Transport:
         with nogil:
             code = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
         check(errno if code < 0 else 0)
+
+    def replay_init(self, const uint8_t[::1] message):
+        """Say INIT to pyfuse3 in the kernel's stead, which says it once in the life of a mount. Before read_requests().
+
+        Its answer stays here; instead the kernel is told to send again what the last worker has not answered.
+        """
+        cdef uint8_t copy[INIT_MAX]
+        cdef size_t size = <size_t>message.shape[0]
+        if not least_bytes(FUSE_INIT) <= size <= INIT_MAX:
+            raise ValueError("not an INIT request")
+        memcpy(copy, &message[0], size)
+        (<fuse_in_header *>copy).unique = REPLAY
+        check(self.forward(copy, size, EIO))
+
+    @property
+    def init_request(self):
+        """The kernel's INIT; empty before it came."""
+        return bytes(self.init_message[:self.init_size])
+
+    def request_of(self, uint32_t token):
+        """The unique number of a request that `is_told_once`, by what its handler finds where the caller's pid would be.
+
+        The highest bit is set when it was sent again.
+        """
+        return self.requests[token % REQUEST_SLOTS]
+
+    def events_done(self):
+        """All that take_events() gave so far has had its effect."""
+        events_done(&self.events)
 
     def take_events(self):
         """(handles released, [(inode, lookups forgotten)]) since the last call, in their order."""
@@ -382,7 +426,11 @@ cdef class Transport:
         cdef fuse_in_header *head = <fuse_in_header *>message
         cdef bint remembered = answer_is_edited(head.opcode)
         cdef int code
+        if is_told_once(head.opcode):
+            self.note_request(head)
         if head.opcode == FUSE_INIT:
+            self.init_size = min(size, <size_t>INIT_MAX)
+            memcpy(self.init_message, message, self.init_size)
             self.offered_flags = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags
             self.offered_flags2 = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags2
         if remembered and not self.remember(head.unique, head.opcode):
@@ -394,6 +442,14 @@ cdef class Transport:
         if remembered:
             self.recall(head.unique)
         return self.refuse(head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
+
+    cdef void note_request(self, fuse_in_header *head) noexcept nogil:
+        """Keep the unique number, which libfuse does not hand on, and put where it is kept in the place of the caller's pid."""
+        pthread_mutex_lock(&self.mutex)
+        self.requests[self.next_request % REQUEST_SLOTS] = head.unique
+        head.pid = <uint32_t>(self.next_request % REQUEST_SLOTS)
+        self.next_request += 1
+        pthread_mutex_unlock(&self.mutex)
 
     cdef int send_request(self, const uint8_t *message, size_t size) noexcept nogil:
         # A large datagram needs contiguous kernel memory, which may take a moment to be found.
@@ -474,6 +530,9 @@ cdef class Transport:
             self.passthrough_agreed = edit_init(
                 message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, self.offered_flags, self.offered_flags2,
                 self.passthrough_wanted) or self.passthrough_agreed
+            if head.unique == REPLAY:
+                self.send_answer(message, REPLY_HEAD, 0, -NOTIFY_RESEND)
+                return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
             edit_open(&self.handles, opened)

@@ -64,6 +64,13 @@ cdef inline bint answer_is_edited(uint32_t opcode) noexcept nogil:
     return opcode in (FUSE_INIT, FUSE_OPEN, FUSE_CREATE)
 
 
+cdef inline bint is_told_once(uint32_t opcode) noexcept nogil:
+    """Whether doing it twice would not be the same as once, or leave a handle behind."""
+    return opcode in (
+        FUSE_CREATE, FUSE_OPEN, FUSE_MKNOD, FUSE_MKDIR, FUSE_SYMLINK, FUSE_LINK, FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME,
+        FUSE_RENAME2, FUSE_REMOVEXATTR)
+
+
 cdef inline bint asks_for_capability(const uint8_t *message, size_t size) noexcept nogil:
     """Whether this is the GETXATTR that the kernel sends before the first write(2) to a file."""
     cdef const char *wanted = b"security.capability"  # 20 bytes with the zero

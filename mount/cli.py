@@ -5,6 +5,7 @@ Commands talk to a running mount through the mount itself (`.cascade/`), so they
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from cascadefs.mount import device
 from cascadefs.mount.bench_cli import bench
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+UPGRADE_S = 15
 EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
 DROP_MEMORY = "user.cascade.drop-memory"
 
@@ -88,13 +90,12 @@ def mount(
     passthrough = "false" if no_passthrough else None
     found = _settings(config, store=store, shm_size=shm_size, sync=sync, passthrough=passthrough)
     _prepare_store(found)
-    daemon = _daemon()
-    wanted = daemon.Mounting(mountpoint.absolute(), found, words)
+    daemon, keeper = _daemon()
+    wanted = daemon.Mounting(mountpoint.absolute(), found, words, log_to_file=not foreground)
     if foreground:
-        daemon.start_log(None, found.settings.log)
-        daemon.serve(wanted, click.echo)
-        return
-    click.echo(daemon.in_background(wanted))
+        daemon.start_log(wanted)
+        sys.exit(keeper.keep(wanted, os.dup(1)))
+    click.echo(keeper.in_background(wanted))
 
 
 def _prepare_store(found: Configuration) -> None:
@@ -105,13 +106,13 @@ def _prepare_store(found: Configuration) -> None:
     check_store_folder(folder)
 
 
-def _daemon() -> Any:
-    """The daemon's module; pyfuse3 needs the system's libfuse3."""
+def _daemon() -> tuple[Any, Any]:
+    """The modules that need pyfuse3, which needs the system's libfuse3."""
     try:
-        from cascadefs.mount import daemon
+        from cascadefs.mount import daemon, keeper
     except ImportError as e:
         raise UserError(f"libfuse3 or pyfuse3 cannot be loaded ({e}); run: sudo apt-get install -y fuse3 libfuse3-3") from e
-    return daemon
+    return daemon, keeper
 
 
 def _mountpoint(path: Path | None) -> Path:
@@ -187,7 +188,7 @@ def umount(mountpoint: Path, drop_memory: bool) -> None:
     if drop_memory:
         os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
     device.unmount(path)
-    _wait_for_exit(before["worker_pid"])
+    _wait_for_exit(before["worker_pid"], before["keeper_pid"])
     kept = before["tiers"]["shm"]["used_bytes"]
     if kept and not drop_memory:
         size = humanfriendly.format_size(kept, binary=True)
@@ -202,12 +203,29 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def _wait_for_exit(pid: int) -> None:
+def _wait_for_exit(*pids: int | None) -> None:
     end = time.monotonic() + EXIT_S
-    while is_running(pid):
+    while still := [pid for pid in pids if pid and is_running(pid)]:
         if time.monotonic() > end:
-            raise UserError(f"unmounted, but the daemon (process {pid}) is still flushing; it ends by itself")
+            raise UserError(f"unmounted, but the daemon (process {still[0]}) is still flushing; it ends by itself")
         time.sleep(0.01)
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def upgrade(mountpoint: Path) -> None:
+    """Restart the worker of a mount in the code that is installed now. Programs that use it notice a pause, no error."""
+    path = _mountpoint(mountpoint)
+    before = _stats(path)
+    if before["keeper_pid"] is None:
+        raise UserError(f"the mount at {path} has no keeper (it was killed): unmount and mount it again")
+    os.kill(before["keeper_pid"], signal.SIGUSR1)
+    end = time.monotonic() + UPGRADE_S
+    while (now := _stats(path))["worker_pid"] == before["worker_pid"]:
+        if time.monotonic() > end:
+            raise UserError("the old worker goes on: the installed code cannot take over; see cascadefs.log in the store")
+        time.sleep(0.05)
+    click.echo(f"upgraded: process {before['worker_pid']} -> {now['worker_pid']}, {now['version']}")
 
 
 @main.command()
@@ -239,7 +257,9 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     reason = f" ({found['mode_reason']})" if found["mode_reason"] else ""
-    click.echo(f"{found['mountpoint']}: {found['mode']}{reason}, process {found['worker_pid']}, store {found['store']}")
+    click.echo(
+        f"{found['mountpoint']}: {found['mode']}{reason}, process {found['worker_pid']} ({found['restarts']} restarts), store {found['store']}"
+    )
     logical, unique = (_size(found[key]) for key in ("logical_bytes", "unique_bytes"))
     click.echo(f"{found['files']} files, {logical}, stored as {unique} (dedup {found['dedup_ratio']:g})")
     click.echo(f"not yet durable: {_size(found['pending_bytes'])}")

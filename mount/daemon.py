@@ -1,17 +1,18 @@
-"""The process behind a mount: opens the store, mounts, serves until unmounted, flushes, leaves.
+"""The worker of a mount: opens the store, mounts or takes a mount over, serves until unmounted, flushes, leaves.
 
-Owns: the order of coming up and going down, the log, the report to whoever started it. Invariants:
-(1) The parent is told "mounted" only after the mount answered a request.
-(2) Whatever fails on the way up is one line to the parent, and everything done so far is undone.
+Owns: the order of coming up and going down, the log, the report to whoever started it. keeper.py starts it. Invariants:
+(1) "mounted" is reported only after the mount answered a request.
+(2) Whatever fails on the way up of a new mount is one line, and everything done so far is undone.
 (3) After the mount is gone everything is flushed before the process ends; what cannot be flushed stays in memory.
+(4) The first request is read when all that an earlier worker had open is known again.
 """
 
+import contextlib
 import gc
 import logging
 import os
-import re
 import signal
-import sys
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,16 @@ from typing import Any
 import humanfriendly
 import trio
 
+from cascadefs import crash
 from cascadefs.config import Configuration
 from cascadefs.errors import UserError
 from cascadefs.mount import device
+from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.handles import Handles
+from cascadefs.mount.once import Once
 from cascadefs.mount.operations import Operations
 from cascadefs.mount.session import Session
+from cascadefs.mount.table import Table
 from cascadefs.mount.virtual import Virtual
 from cascadefs.store import Store
 
@@ -46,20 +51,22 @@ class Mounting:
     mountpoint: Path
     configuration: Configuration
     options: tuple[str, ...]
+    log_to_file: bool
 
 
 class Daemon:
-    """One mount, from nothing to nothing."""
+    """A mount from its beginning, or from the death of the worker before, to its end or this worker's."""
 
-    def __init__(self, wanted: Mounting) -> None:
-        """Everything that can fail for reasons of the user's happens here."""
-        self.wanted = wanted
+    def __init__(self, wanted: Mounting, claim_fd: int, table: Table, kept: Device | None) -> None:
+        """Everything that can fail for reasons of the user's happens here. `kept`: the mount to take over."""
+        self.wanted, self.table, self.took_over = wanted, table, kept is not None
         settings = wanted.configuration.settings
-        device.check_mountpoint(wanted.mountpoint)
-        self.store = Store(settings)
+        self.store = Store(settings, claim_fd, keep_orphans=self.took_over)
         try:
-            wanted.mountpoint.mkdir(parents=True, exist_ok=True)
-            self.session = Session(device.mount(wanted.mountpoint, wanted.options), settings.passthrough)
+            if kept is None:
+                wanted.mountpoint.mkdir(parents=True, exist_ok=True)
+            self.device = kept or device.mount(wanted.mountpoint, wanted.options)
+            self.session = Session(self.device, settings.passthrough, table)
         except BaseException as e:
             if not self.store.residency.memory.objects:
                 self.store.release_memory()
@@ -69,6 +76,7 @@ class Daemon:
             raise
         self.passthrough, self.why_not = self._probe_passthrough(settings.passthrough)
         self.virtual = Virtual(self.store, wanted.configuration, self.facts)
+        self.keeper_pid = os.getppid()
 
     def _probe_passthrough(self, wanted: bool) -> tuple[bool, str]:
         """Whether the kernel will move the bytes, and if not, why."""
@@ -87,6 +95,8 @@ class Daemon:
             "mountpoint": str(self.wanted.mountpoint),
             "mode": "passthrough" if self.passthrough else "portable",
             "mode_reason": self.why_not,
+            "keeper_pid": self.keeper_pid if os.getppid() == self.keeper_pid else None,
+            "restarts": self.table.generation - 1,
             "huge_pages": memory.huge,
             "requests": self.session.transport.counts(),
         }
@@ -114,9 +124,15 @@ class Daemon:
             nursery.start_soon(self._unmount_on_signal)
             nursery.start_soon(self._report_when_it_answers, report)
             direct = not self.passthrough and kernel_release() >= DIRECT_WRITES_SINCE
-            self.handles = Handles(self.store, self.session.transport, self.passthrough, direct)
-            self.operations = Operations(self.store, self.handles, self.virtual)
+            transport = self.session.transport
+            self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
+            once = Once(self.table, transport, self.store.namespace)
+            self.operations = Operations(self.store, self.handles, self.virtual, once)
             self.operations.inform_transport()
+            if self.took_over:
+                self.handles.inherit()
+                self.operations.inherited = True
+                self.operations.catch_up()
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()
@@ -126,6 +142,7 @@ class Daemon:
     async def _report_when_it_answers(self, report: Report) -> None:
         with trio.fail_after(ANSWER_S):
             await trio.to_thread.run_sync(os.stat, self.wanted.mountpoint, abandon_on_cancel=True)
+        self.table.init_request = self.session.transport.init_request
         if self.passthrough and not self.session.transport.negotiated_passthrough:
             self.passthrough, self.why_not = False, "the kernel did not agree to passthrough"
             self.handles.passthrough = False
@@ -169,72 +186,44 @@ class Daemon:
         log.info("unmounted; the daemon leaves")
 
 
-def kernel_release() -> tuple[int, ...]:
-    """Such as (6, 9)."""
-    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-
-
-def start_log(path: Path | None, level: str) -> None:
-    """Log to a file, or to stderr."""
+def start_log(wanted: Mounting) -> None:
+    """Log to the store's file, or to stderr."""
+    settings = wanted.configuration.settings
     logging.basicConfig(
-        filename=path, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        filename=settings.store / "cascadefs.log" if wanted.log_to_file else None,
+        level=settings.log.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
     )
 
 
-def serve(wanted: Mounting, report: Report) -> None:
-    """Come up, serve, go down. UserError when it does not come up."""
-    daemon = Daemon(wanted)
+def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, door: socket.socket, report: int | None) -> int:
+    """Be the worker: come up, hand a new device to the keeper through `door`, serve, go down; the exit code."""
+
+    def tell(text: str) -> None:
+        if report is None:
+            log.info(text.splitlines()[0])
+        else:
+            os.write(report, f"{text}\n".encode())
+            os.close(report)
+
     try:
-        trio.run(daemon.run, report, strict_exception_groups=True)
-    except BaseException:
-        log.exception("the daemon failed")
-        raise
-
-
-def in_background(wanted: Mounting) -> str:
-    """Run serve() in a process of its own; returns its summary when the mount answers. UserError when it does not."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _detach_and_serve(wanted, writer)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    os.waitpid(child, 0)
-    if not said.startswith("mounted"):
-        raise UserError(said or f"the daemon died; its log is {wanted.configuration.settings.store}/cascadefs.log")
-    return said
-
-
-def _detach_and_serve(wanted: Mounting, writer: int) -> None:
-    """In the child: a second fork leaves a process without terminal and without parent. Never returns."""
-    status = 1
-    try:
-        os.setsid()
-        if os.fork():
-            os._exit(0)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-
-        def report(text: str) -> None:
-            os.write(writer, text.encode())
-            os.close(writer)
-
-        settings = wanted.configuration.settings
-        daemon = Daemon(wanted)
-        start_log(settings.store / "cascadefs.log", settings.log)
-        os.chdir("/")
-        trio.run(daemon.run, report)
-        status = 0
+        if plan := os.environ.get("CASCADEFS_CRASH_PLAN"):
+            crash.arm(Path(plan))
+        if kept is not None:
+            start_log(wanted)
+        worker = Daemon(wanted, claim_fd, Table(table_fd), kept)
+        start_log(wanted)
+        if kept is None:
+            socket.send_fds(door, [b"p" if worker.device.privileged else b"u"], [worker.device.fd])
+        door.close()
+        trio.run(worker.run, tell, strict_exception_groups=True)
     except UserError as e:
-        os.write(writer, str(e).encode())
+        tell(str(e))
+        return 1
     except BaseException as e:
-        log.exception("the daemon failed")
-        try:
-            os.write(writer, f"the daemon failed: {e!r}".encode())
-        except OSError:
-            print(e, file=sys.stderr)
-    finally:
-        os._exit(status)
+        log.exception("the worker failed")
+        with contextlib.suppress(OSError):
+            tell(f"the daemon failed: {e!r}")
+        return 1
+    return 0

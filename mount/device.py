@@ -7,6 +7,7 @@ import array
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,11 @@ class Device:
 
     fd: int
     privileged: bool
+
+
+def kernel_release() -> tuple[int, ...]:
+    """Such as (6, 9)."""
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def may_mount() -> bool:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import pyfuse3
 
+from cascadefs.crash import point
+
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 
@@ -33,6 +35,7 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
             log.exception("%s failed", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from e
         finally:
+            point("answer")
             operations.transport.take_replies()
 
     return run

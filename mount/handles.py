@@ -1,12 +1,14 @@
-"""Open files as the kernel knows them: file handle numbers, and how the transport serves each.
+"""Open files as the kernel knows them: file handle numbers, how the transport serves each, and what a later worker needs.
 
-Owns: the numbers, the writable descriptors of the portable path, backing ids. Invariants:
+Owns: the numbers, the writable descriptors of the portable path, backing ids; keeps them in the mount's Table. Invariants:
 (1) All passthrough handles of one inode carry the backing id of its one source (live.py); an id lives as long as its source.
 (2) A handle is served by the kernel (passthrough), by the transport's threads (a descriptor), or by read() (a stream).
 (3) This process holds a writable descriptor only while a handle of the portable path is open: else it would block sealing.
 """
 
+import contextlib
 import itertools
+import logging
 import os
 from dataclasses import dataclass
 
@@ -14,7 +16,11 @@ import pyfuse3
 
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
+from cascadefs.mount.table import KeptHandle, Table
 from cascadefs.store import Store
+
+log = logging.getLogger(__name__)
+UNRECORDED = 8  # a worker asks for one backing id at a time; the rest is room for a kernel that skips numbers
 
 
 @dataclass(slots=True)
@@ -28,35 +34,44 @@ class Opened:
 class Handles:
     """The table of one mount."""
 
-    def __init__(self, store: Store, transport: Transport, passthrough: bool, direct_writes: bool) -> None:
+    def __init__(self, store: Store, transport: Transport, table: Table, passthrough: bool, direct_writes: bool) -> None:
         """`direct_writes`: portable writers bypass the page cache, which would only be filled to be dropped again."""
-        self.store, self.transport = store, transport
+        self.store, self.transport, self.table = store, transport, table
         self.passthrough, self.direct_writes = passthrough, direct_writes
         self._open: dict[int, Opened] = {}
-        self._numbers = itertools.count(1)
+        self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
+        self._numbers = itertools.count((table.generation << 32) + 1)
         self._flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
         store.files.sources.closing = self._source_closes
 
-    def add(self, handle: Handle, flags: int) -> pyfuse3.FileInfo:
+    def add(self, handle: Handle, flags: int, request: int) -> pyfuse3.FileInfo:
         """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2)."""
         fh = next(self._numbers)
-        source, fd = handle.source, -1
         try:
-            if source is None:
-                size = self.store.namespace.get(handle.ino).size
-                self.transport.set_handle(fh, open_flags=self._flags | FOPEN_DIRECT_IO, size_bytes=size)
-            elif self.passthrough and not handle.direct:
-                if not source.backing_id:
-                    source.backing_id = self.transport.backing_open(source.fd)
-                self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self._flags)
-            else:
-                write_only = flags & os.O_ACCMODE == os.O_WRONLY
-                fd = self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))
+            fd = self._announce(fh, handle, flags & os.O_ACCMODE == os.O_WRONLY)
         except BaseException:
             self.store.files.release(handle)
             raise
         self._open[fh] = Opened(handle, fd)
+        passed = self.passthrough and handle.source is not None and not handle.direct
+        backing_id = handle.source.backing_id if passed and handle.source is not None else 0
+        self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, handle.writable, handle.direct))
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
+
+    def _announce(self, fh: int, handle: Handle, write_only: bool) -> int:
+        """Tell the transport of a handle; the descriptor of our own for writing, or -1."""
+        source = handle.source
+        if source is None:
+            size = self.store.namespace.get(handle.ino).size
+            self.transport.set_handle(fh, open_flags=self._flags | FOPEN_DIRECT_IO, size_bytes=size)
+        elif self.passthrough and not handle.direct:
+            if not source.backing_id:
+                source.backing_id = self.transport.backing_open(source.fd)
+                self.table.add_backing(source.backing_id)
+            self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self._flags)
+        else:
+            return self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))
+        return -1
 
     def _serve(self, fh: int, source: Source, handle: Handle, direct: bool) -> int:
         flags = self._flags | (FOPEN_DIRECT_IO if direct else FOPEN_KEEP_CACHE)
@@ -65,9 +80,39 @@ class Handles:
         self.transport.set_handle(fh, fd=served_fd, open_flags=flags, served=True, writable=handle.writable)
         return fd
 
-    def get(self, fh: int) -> Opened:
-        """The handle of that number."""
-        return self._open[fh]
+    def inherit(self) -> None:
+        """Take over what an earlier worker had open. Before the first request."""
+        for kept in self.table.handles():
+            try:
+                handle = self.store.files.inherit(kept.ino, kept.writable, kept.direct)
+                if handle.source is not None and kept.backing_id:
+                    handle.source.backing_id = kept.backing_id
+                self._open[kept.fh] = Opened(handle, self._announce(kept.fh, handle, False))
+                self._by_request[kept.request] = kept.fh
+            except OSError as e:
+                log.warning("an open file of inode %d cannot be taken over: %s", kept.ino, e)
+                self.table.remove_handle(kept.fh)
+        if self.passthrough:
+            self._close_idle_backings()
+
+    def _close_idle_backings(self) -> None:
+        """Backing ids that no open file uses, and those that were asked for when the last worker died: ids count up."""
+        used = {opened.handle.source.backing_id for opened in self._open.values() if opened.handle.source is not None}
+        known = self.table.backings()
+        last = max(known, default=0)
+        for backing_id in [*(one for one in known if one not in used), *range(last + 1, last + 1 + UNRECORDED)]:
+            with contextlib.suppress(FileNotFoundError):
+                self.transport.backing_close(backing_id)
+            self.table.remove_backing(backing_id)
+
+    def forget_request(self, request: int) -> None:
+        """A request comes again whose answer the kernel never got: nobody has the handle that was made for it."""
+        if (fh := self._by_request.pop(request, None)) is not None:
+            self.remove(fh)
+
+    def get(self, fh: int) -> Opened | None:
+        """The handle of that number; None for one that an earlier worker had no room to hand on."""
+        return self._open.get(fh)
 
     def remove(self, fh: int) -> None:
         """RELEASE: the kernel will not use it again."""
@@ -75,6 +120,7 @@ class Handles:
         if opened is None:
             return
         self.transport.drop_handle(fh)
+        self.table.remove_handle(fh)
         if opened.fd >= 0:
             os.close(opened.fd)
         self.store.files.release(opened.handle)
@@ -86,4 +132,5 @@ class Handles:
     def _source_closes(self, source: Source) -> None:
         if source.backing_id:
             self.transport.backing_close(source.backing_id)
+            self.table.remove_backing(source.backing_id)
             source.backing_id = 0

@@ -6,6 +6,7 @@ reply is counted in `files.lookups`, and taken off by forget(). (3) Between two 
 """
 
 import errno
+import itertools
 import os
 import stat
 import time
@@ -21,6 +22,7 @@ from cascadefs.mount import facts, virtual
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
+from cascadefs.mount.once import Once
 from cascadefs.mount.virtual import Virtual, is_virtual
 from cascadefs.namespace import RENAME_EXCHANGE, ROOT
 from cascadefs.store import Store
@@ -34,7 +36,8 @@ DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
 DROP_MEMORY = b"user.cascade.drop-memory"
-TEXT_HANDLES = 1 << 62  # file handles of .cascade/ count from here
+# File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
+TEXT_HANDLES, TEXT_STEP, TEXT_COUNTS = 1 << 62, 1 << 48, 0xFFF << 48
 
 
 @guard_all
@@ -45,13 +48,15 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, store: Store, handles: Handles, shown: Virtual) -> None:
+    def __init__(self, store: Store, handles: Handles, shown: Virtual, once: Once) -> None:
         super().__init__()
         self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
+        self.once = once
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
+        self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
-        self._texts: dict[int, tuple[int, bytes]] = {}
+        self._texts: dict[int, bytes] = {}
 
     # --- names
 
@@ -87,22 +92,28 @@ class Operations(pyfuse3.Operations):
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
         """MKNOD: files, fifos, sockets, devices."""
-        return self._told(self._make(parent, name, mode & ~ctx.umask, ctx, rdev=rdev))
+        return self._told(self._made(parent, name, ctx) or self._make(parent, name, mode & ~ctx.umask, ctx, rdev=rdev))
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Entry:
         """MKDIR."""
-        return self._told(self._make(parent, name, stat.S_IFDIR | (mode & 0o7777 & ~ctx.umask), ctx))
+        mode = stat.S_IFDIR | (mode & 0o7777 & ~ctx.umask)
+        return self._told(self._made(parent, name, ctx) or self._make(parent, name, mode, ctx))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Entry:
         """SYMLINK."""
-        return self._told(self._make(parent, name, stat.S_IFLNK | 0o777, ctx, target=target))
+        made = self._made(parent, name, ctx)
+        return self._told(made or self._make(parent, name, stat.S_IFLNK | 0o777, ctx, target=target))
+
+    def _made(self, parent: int, name: bytes, ctx: Context) -> Inode | None:
+        """What an earlier worker made for this very request."""
+        return self.names.lookup(parent, name) if self.once.is_done(ctx) else None
 
     def _make(
         self, parent: int, name: bytes, mode: int, ctx: Context, rdev: int = 0, target: bytes | None = None, home: int = 0
     ) -> Inode:
         _refuse_virtual(parent)
-        with self._new_name(parent, name):
-            made, folder = self.names.make_in(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home)
+        with self._new_name(parent, name), self.once.operation(ctx, parent) as op:
+            made, folder = self.names.make_in(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home, op)
         self.transport.set_attributes(parent, getattr_answer(folder))
         return made
 
@@ -119,6 +130,8 @@ class Operations(pyfuse3.Operations):
     def _gone_name(self, parent: int, name: bytes, ino: int) -> None:
         self.transport.remove_name(parent, name)
         self._folders_changed(parent)
+        if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
+            self.files.lookups.setdefault(ino, 1)
         self.files.forget_if_gone(ino)
 
     def _folders_changed(self, *inodes: int) -> None:
@@ -143,12 +156,15 @@ class Operations(pyfuse3.Operations):
                 self.handles.remove(fh)
             for ino, times in forgotten:
                 self._forget(ino, times)
+        self.transport.events_done()
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
         _refuse_virtual(inode, new_parent)
-        with self._new_name(new_parent, new_name):
-            linked = self.names.link(inode, new_parent, new_name)
+        if (linked := self._made(new_parent, new_name, ctx)) is not None:
+            return self._told(linked)
+        with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
+            linked = self.names.link(inode, new_parent, new_name, op)
         self._folders_changed(new_parent)
         return self._told(linked)
 
@@ -160,12 +176,19 @@ class Operations(pyfuse3.Operations):
         """UNLINK."""
         _refuse_virtual(parent)
         self.files.last_use = time.monotonic()
-        self._gone_name(parent, name, self.names.unlink(parent, name).ino)
+        if self.once.is_done(ctx):
+            return
+        with self.once.operation(ctx, parent) as op:
+            gone = self.names.unlink(parent, name, op).ino
+        self._gone_name(parent, name, gone)
 
     async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """RMDIR."""
         _refuse_virtual(parent)
-        gone = self.names.rmdir(parent, name).ino
+        if self.once.is_done(ctx):
+            return
+        with self.once.operation(ctx, parent) as op:
+            gone = self.names.rmdir(parent, name, op).ino
         self.transport.drop_attributes(gone)
         self._gone_name(parent, name, gone)
 
@@ -174,13 +197,16 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(parent, new_parent)
         if (parent, name) == (ROOT, virtual.NAME) or (new_parent, new_name) == (ROOT, virtual.NAME):
             raise pyfuse3.FUSEError(errno.EPERM)
+        if self.once.is_done(ctx):
+            return
         if flags & RENAME_EXCHANGE:
-            self.names.rename(parent, name, new_parent, new_name, flags)
+            with self.once.operation(ctx, new_parent) as op:
+                self.names.rename(parent, name, new_parent, new_name, flags, op)
             self._folders_changed(parent, new_parent)
             self._forget_attributes((parent, name), (new_parent, new_name))
             return
-        with self._new_name(new_parent, new_name):
-            moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags)
+        with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
+            moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags, op)
         self.transport.remove_name(*((parent, name) if moved else (new_parent, new_name)))
         if replaced is not None:
             self.transport.drop_attributes(replaced.ino)
@@ -308,16 +334,23 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         _refuse_fact(name)
         self.transport.drop_attributes(inode)
-        self.names.remove_xattr(inode, name)
+        if not self.once.is_done(ctx):
+            with self.once.operation(ctx, inode) as op:
+                self.names.remove_xattr(inode, name, op)
 
     # --- open files
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Context) -> tuple[Info, Entry]:
         """CREATE: a new file, staged, open for its creator."""
+        request = self.once.request(ctx)
+        if (made := self._made(parent, name, ctx)) is not None:
+            self.handles.forget_request(request)
+            info = self.handles.add(await self.files.open(made.ino, True), flags, request)
+            return info, self._told(made)
         home = self.store.residency.home_for_new()
         inode = self._make(parent, name, stat.S_IFREG | (mode & 0o7777 & ~ctx.umask), ctx, home=home)
         try:
-            info = self.handles.add(self.files.create_content(inode), flags)
+            info = self.handles.add(self.files.create_content(inode), flags, request)
         except BaseException:
             self._gone_name(parent, name, self.names.unlink(parent, name).ino)
             raise
@@ -329,50 +362,63 @@ class Operations(pyfuse3.Operations):
         self.catch_up()
         if is_virtual(inode):
             return self._open_text(inode, flags)
+        request = self.once.request(ctx)
+        self.handles.forget_request(request)
         writable = bool(flags & WRITE_FLAGS)
         handle = await self.files.open(inode, writable, bool(flags & os.O_TRUNC))
         if writable:
             self._strip_set_id(inode, ctx.uid)
-        return self.handles.add(handle, flags)
+        return self.handles.add(handle, flags, request)
 
     def _open_text(self, inode: int, flags: int) -> Info:
         if flags & WRITE_FLAGS:
             raise os_error(errno.EACCES)
-        fh = TEXT_HANDLES + len(self._texts)
-        while fh in self._texts:
-            fh += 1
-        self._texts[fh] = (inode, self.virtual.text(inode) if inode > virtual.FOLDER else b"")
+        fh = next(n for n in itertools.count(TEXT_HANDLES | inode, TEXT_STEP) if n not in self._texts)
+        self._texts[fh] = self._text(inode)
         return Info(fh=pyfuse3.FileHandleT(fh), direct_io=True, keep_cache=False)
+
+    def _text(self, inode: int) -> bytes:
+        return self.virtual.text(inode) if inode > virtual.FOLDER else b""
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """READ of what the transport does not serve: streams, and files of .cascade/."""
-        if fh in self._texts:
-            return await self.virtual.read(self._texts[fh][0], off, size, self._texts[fh][1])
-        return await self.store.streams.read(self.handles.get(fh).handle.ino, off, size)
+        if fh & TEXT_HANDLES:
+            inode = fh & ~TEXT_HANDLES & ~TEXT_COUNTS
+            return await self.virtual.read(inode, off, size, self._texts.get(fh) or self._text(inode))
+        if (opened := self.handles.get(fh)) is None:
+            raise os_error(errno.EBADF)
+        return await self.store.streams.read(opened.handle.ino, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """WRITE that found no space in the transport: make room, then try once more."""
+        if (opened := self.handles.get(fh)) is None:
+            raise os_error(errno.EBADF)
         self.store.residency.make_room(len(buf))
-        await trio.to_thread.run_sync(_write_fully, self.handles.get(fh).fd, buf, off)
+        await trio.to_thread.run_sync(_write_fully, opened.fd, buf, off)
         return len(buf)
 
     async def flush(self, fh: int) -> None:
         """FLUSH comes only with --sync close."""
-        if self.syncs_at_close and fh not in self._texts and self.handles.get(fh).handle.writable:
-            await self.store.mover.fsync(self.handles.get(fh).handle.ino)
+        if self.syncs_at_close and (opened := self.handles.get(fh)) is not None and opened.handle.writable:
+            await self.store.mover.fsync(opened.handle.ino)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """FSYNC: data and name are durable afterwards. Writes through mappings may have changed times: ask again."""
-        if fh in self._texts:
+        if fh & TEXT_HANDLES:
             return
         self.catch_up()
-        ino = self.handles.get(fh).handle.ino
+        if (opened := self.handles.get(fh)) is None:
+            await self.store.flush()  # it is not known which file is meant
+            return
+        ino = opened.handle.ino
         await self.store.mover.fsync(ino)
         pyfuse3.invalidate_inode(pyfuse3.InodeT(ino), attr_only=True)
 
     async def release(self, fh: int) -> None:
         """RELEASE."""
-        if self._texts.pop(fh, None) is None:
+        if fh & TEXT_HANDLES:
+            self._texts.pop(fh, None)
+        else:
             self.handles.remove(fh)
 
 

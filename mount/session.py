@@ -18,6 +18,7 @@ import trio
 
 from cascadefs.ext.fuse_transport import Transport
 from cascadefs.mount.device import Device
+from cascadefs.mount.table import Table
 
 log = logging.getLogger(__name__)
 SOCKET_BYTES = 8 << 20  # a request or answer can be 1 MiB
@@ -41,7 +42,8 @@ class Replies(trio.abc.Instrument):
 class Session:
     """A mounted connection; `await run()` serves it."""
 
-    def __init__(self, device: Device, passthrough: bool) -> None:
+    def __init__(self, device: Device, passthrough: bool, table: Table) -> None:
+        self.table = table
         self.device, self.wanted = device, passthrough and device.privileged
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._ours, theirs):
@@ -49,7 +51,7 @@ class Session:
                 with contextlib.suppress(PermissionError):
                     end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
         self._theirs = theirs.detach()  # libfuse closes it
-        self.transport = Transport(device.fd, self._ours.fileno(), passthrough=self.wanted)
+        self.transport = Transport(device.fd, self._ours.fileno(), passthrough=self.wanted, events=table.events)
         self._threads: list[threading.Thread] = []
         self._closed = False
 
@@ -57,6 +59,8 @@ class Session:
         """Serve until the mount is gone."""
         pyfuse3.init(operations, f"/dev/fd/{self._theirs}", set(pyfuse3.default_options))
         token = trio.lowlevel.current_trio_token()
+        if self.table.init_request:
+            self.transport.replay_init(self.table.init_request)
         readers = READERS_PASSTHROUGH if self.wanted else READERS_PORTABLE
         for _ in range(readers):
             thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)

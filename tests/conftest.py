@@ -78,12 +78,19 @@ class Mount:
         return json.loads(done.stdout)
 
     def kill(self) -> None:
-        """SIGKILL the daemon and take the dead mount away."""
+        """SIGKILL keeper and worker and take the dead mount away."""
+        status = self.status()
+        for pid in (status["keeper_pid"], status["worker_pid"]):
+            os.kill(pid, signal.SIGKILL)
+            while is_running(pid):
+                time.sleep(0.01)
+        device.unmount(self.path, lazy=True)
+
+    def kill_worker(self) -> int:
+        """SIGKILL the worker; the keeper starts another. The pid that it had."""
         pid = self.status()["worker_pid"]
         os.kill(pid, signal.SIGKILL)
-        while is_running(pid):
-            time.sleep(0.01)
-        device.unmount(self.path, lazy=True)
+        return pid
 
     @property
     def memory(self) -> Path:

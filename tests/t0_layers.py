@@ -8,7 +8,7 @@ import cascadefs
 ROOT = Path(cascadefs.__file__).parent
 ORDER = [
     ["ext"],
-    ["errors", "types", "config"],
+    ["errors", "types", "config", "crash"],
     ["record"],
     ["policies", "scheduler", "database"],
     ["namespace", "index"],

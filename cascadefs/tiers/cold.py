@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadefs.config import MIB
+from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.record import (
@@ -90,6 +91,7 @@ class ColdTier:
                     _write_fully(fd, data, position)
                 position += sum(record_bytes(piece.length) for piece in batch)
                 placed += locations
+            point("written")
             os.fdatasync(fd)
         finally:
             os.close(fd)

@@ -1,0 +1,247 @@
+"""The process behind a mount that is never busy: it holds what must outlive a worker, and starts the next one.
+
+Owns: the lock of the store, the FUSE device, the table (table.py), the child. Serves no request and opens no store, so that
+there is little that could end it. Invariants:
+(1) The device stays open while a worker lives or is going to: the kernel lets requests wait, nobody sees an error.
+(2) A first worker that dies before the mount answers is not replaced: what it said is the error.
+(3) A worker that dies at once, again and again, is given up (plan_restart): the device is closed, every access fails at once.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cascadefs.config import Configuration, Settings
+from cascadefs.database import claim
+from cascadefs.errors import UserError
+from cascadefs.mount import daemon, device, table
+from cascadefs.mount.daemon import Mounting
+from cascadefs.mount.device import Device, kernel_release
+from cascadefs.mount.table import Table
+
+log = logging.getLogger("cascadefs.mount.keeper")  # also when it is run as a module, after an upgrade
+RESEND_SINCE = (6, 9)  # FUSE_NOTIFY_RESEND: without it the requests of a dead worker would wait for ever
+SHORT_LIFE_S = 1.0
+# A worker that ends by a signal of its own making (a crash) or an exit code has a reason that the next one will meet again.
+# SIGKILL comes from outside (a person, the kernel short of memory), and may come often.
+CRASHES_MAX, KILLS_MAX = 5, 200
+UPGRADE_SIGNAL = signal.SIGUSR1
+CHECK_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended: its wait status and how long it had lived."""
+
+    status: int
+    lived_s: float
+
+    @property
+    def killed(self) -> bool:
+        """Whether somebody else ended it."""
+        return os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
+
+    def __str__(self) -> str:
+        if os.WIFSIGNALED(self.status):
+            how = signal.Signals(os.WTERMSIG(self.status)).name
+        else:
+            how = f"exit code {os.waitstatus_to_exitcode(self.status)}"
+        return f"{how} after {self.lived_s:.1f} s"
+
+
+def plan_restart(deaths: list[Death]) -> float | None:
+    """Seconds to wait before the next worker is started; None: give up. `deaths`: the latest last."""
+    crashes = kills = 0
+    for death in reversed(deaths):
+        if death.lived_s >= SHORT_LIFE_S:
+            break
+        crashes += not death.killed
+        kills += death.killed
+    if crashes >= CRASHES_MAX or kills >= KILLS_MAX:
+        return None
+    return 0.1 * crashes
+
+
+class Keeper:
+    """Keeps one mount. `device` is None until the first worker has mounted; `worker` is a child that serves already."""
+
+    def __init__(self, wanted: Mounting, claim_fd: int, kept: Table, device: Device | None, worker: int | None) -> None:
+        self.wanted, self.claim_fd, self.table, self.device, self.worker = wanted, claim_fd, kept, device, worker
+        self._deaths: list[Death] = []
+        self._started = 0.0
+
+    def run(self, report: int | None) -> int:
+        """Until the mount is gone; the exit code. `report`: a pipe for the first words of the first worker."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes to the whole terminal: the worker unmounts
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(UPGRADE_SIGNAL, self._upgrade)
+        if self.device is None:
+            self._start(report)
+        else:
+            self._replace()
+        while True:
+            death = self._wait()
+            if os.waitstatus_to_exitcode(death.status) == 0:
+                return 0
+            if self.device is None:
+                return 1
+            self._deaths = [*self._deaths[-KILLS_MAX:], death]
+            pause = plan_restart(self._deaths) if kernel_release() >= RESEND_SINCE else None
+            if pause is None:
+                log.critical("the worker died (%s) and is not started again; the mount is dead: mount it anew", death)
+                return 1
+            log.error("the worker died: %s; starting the next", death)
+            time.sleep(pause)
+            self._start(None)
+
+    def _start(self, report: int | None) -> None:
+        """The next worker. The first one mounts and hands the device over."""
+        self.table.generation += 1
+        ours, theirs = socket.socketpair()
+        self._started = time.monotonic()
+        self.worker = os.fork()
+        if self.worker == 0:
+            ours.close()
+            self._be_worker(report, theirs)
+        theirs.close()
+        if report is not None:
+            os.close(report)
+        with ours:
+            if self.device is None:
+                word, received, _, _ = socket.recv_fds(ours, 1, 1)
+                self.device = Device(received[0], word == b"p") if received else None
+                if received:
+                    daemon.start_log(self.wanted)
+
+    def _be_worker(self, report: int | None, door: socket.socket) -> NoReturn:
+        """In the child."""
+        for number in (signal.SIGINT, signal.SIGTERM, UPGRADE_SIGNAL):
+            signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(BaseException):
+            os._exit(daemon.work(self.wanted, self.claim_fd, self.table.fd, self.device, door, report))
+        os._exit(1)
+
+    def _wait(self) -> Death:
+        assert self.worker is not None
+        _, status = os.waitpid(self.worker, 0)
+        return Death(status, time.monotonic() - self._started)
+
+    def _replace(self) -> None:
+        """After an upgrade: the worker of the old code goes, as if it had been killed; one of the new code comes."""
+        assert self.worker is not None
+        os.kill(self.worker, signal.SIGKILL)
+        os.waitpid(self.worker, 0)
+        log.info("upgraded: starting a worker of the new code")
+        self._start(None)
+
+    def _stop(self, number: int, frame: object) -> None:
+        """SIGTERM to the keeper means the mount: a worker that finds it gone flushes and leaves."""
+        with contextlib.suppress(UserError):
+            device.unmount(self.wanted.mountpoint, lazy=True)
+
+    def _upgrade(self, number: int, frame: object) -> None:
+        """Become the keeper of the code that is installed now, if it can be loaded; the worker serves meanwhile."""
+        if self.device is None or self.worker is None:
+            return
+        command = [sys.executable, "-m", "cascadefs.mount.keeper"]
+        checked = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=CHECK_S, check=False)
+        if checked.stdout.split() != [str(table.VERSION)]:
+            why = (checked.stderr.strip() or f"it keeps its table as version {checked.stdout.strip()}").splitlines()[-1]
+            log.error("not upgraded: the installed code cannot take over (%s)", why)
+            return
+        for fd in (self.claim_fd, self.table.fd, self.device.fd):
+            os.set_inheritable(fd, True)
+        os.execv(sys.executable, [*command, self._as_json()])
+
+    def _as_json(self) -> str:
+        """Everything that exec() must hand on."""
+        assert self.device is not None
+        configuration = self.wanted.configuration
+        settings = {key: str(value) for key, value in asdict(configuration.settings).items()}
+        return json.dumps(
+            {
+                "mountpoint": str(self.wanted.mountpoint),
+                "options": self.wanted.options,
+                "settings": settings,
+                "origins": dict(configuration.origins),
+                "fds": [self.claim_fd, self.table.fd, self.device.fd],
+                "privileged": self.device.privileged,
+                "worker": self.worker,
+                "log_to_file": self.wanted.log_to_file,
+            }
+        )
+
+
+def keep(wanted: Mounting, report: int | None) -> int:
+    """Claim the store and keep a new mount of it; the exit code. UserError before anything is touched."""
+    device.check_mountpoint(wanted.mountpoint)
+    return Keeper(wanted, claim(wanted.configuration.settings.store), Table.make(), None, None).run(report)
+
+
+def _resume(document: dict[str, Any]) -> int:
+    """Go on as the keeper that exec() has replaced."""
+    known = {f.name: f.metadata["parse"] for f in fields(Settings)}
+    values = {key: known[key](text) for key, text in document["settings"].items() if key in known}
+    configuration = Configuration(Settings(**values), document["origins"])
+    wanted = Mounting(Path(document["mountpoint"]), configuration, tuple(document["options"]), bool(document["log_to_file"]))
+    claim_fd, table_fd, device_fd = document["fds"]
+    for fd in document["fds"]:
+        os.set_inheritable(fd, False)
+    daemon.start_log(wanted)
+    kept = Device(device_fd, bool(document["privileged"]))
+    return Keeper(wanted, claim_fd, Table(table_fd), kept, document["worker"]).run(None)
+
+
+def in_background(wanted: Mounting) -> str:
+    """Keep a mount in a process of its own; what the worker says when the mount answers. UserError when it does not."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _detach(lambda: keep(wanted, writer), writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read().decode(errors="replace").strip()
+    os.waitpid(child, 0)
+    if not said.startswith("mounted"):
+        raise UserError(said or f"the daemon died; its log is {wanted.configuration.settings.store}/cascadefs.log")
+    return said
+
+
+def _detach(work: Callable[[], int], writer: int) -> NoReturn:
+    """In the child: a second fork leaves a process without terminal and without parent."""
+    status = 1
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.chdir("/")
+        status = work()
+    except UserError as e:
+        os.write(writer, str(e).encode())
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.write(writer, f"the keeper failed: {e!r}".encode())
+        log.exception("the keeper failed")
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--check":
+        print(table.VERSION)
+    else:
+        sys.exit(_resume(json.loads(sys.argv[1])))
