@@ -32,9 +32,9 @@ TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 class Files:
     """Contents of all inodes of one store. All methods run in the trio thread; bytes move in worker threads."""
 
-    def __init__(self, settings: Settings, database: Database, residency: Residency) -> None:
+    def __init__(self, settings: Settings, database: Database, residency: Residency, first_ino: int = 0) -> None:
         self.settings, self.database, self.residency = settings, database, residency
-        self.namespace, self.index = Namespace(database, os.getuid(), os.getgid()), residency.index
+        self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
         self.sources: Sources = residency.sources
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten

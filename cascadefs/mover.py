@@ -61,7 +61,7 @@ class Mover:
             try:
                 busy = await work()
             except OSError as e:
-                log.error("%s", e)
+                log.error("%s", e, exc_info=True)
                 self.last_error = e
                 await trio.sleep(BACKOFF_S)
                 continue

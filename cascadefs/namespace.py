@@ -5,7 +5,7 @@ Invariants:
 (1) nlink equals the number of entries of a file, and 2 + the number of sub-folders of a folder.
 (2) Every method is one transaction; a method that raises OSError has changed nothing.
 (3) A folder has exactly one entry; no entry leads into its own subtree.
-(4) A number of an inode or an entry is not used again while the process lives.
+(4) A number of an inode or an entry is not used again while the process lives; with `first_ino`, while a mount lives.
 (5) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
 (6) `op` numbers of changes grow; inodes.last_op is the highest whose change touched that row (of a folder: a change of its
     names). A change of number n on a row is committed exactly when its last_op is at least n: see is_done().
@@ -35,14 +35,15 @@ _PREFIXED = ", ".join("i." + column for column in _COLUMNS.split(", "))
 class Namespace:
     """The tree of names over one Database."""
 
-    def __init__(self, database: Database, uid: int = 0, gid: int = 0) -> None:
+    def __init__(self, database: Database, uid: int = 0, gid: int = 0, first_ino: int = 0) -> None:
         self._database = database
         self._db = database.connection
         if self.find(ROOT) is None:
             now = time.time_ns()
             self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
         # Counted here, not by SQLite: its own counter is one more page in every commit.
-        self._inos = itertools.count(1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
+        self.first_ino = max(first_ino, 1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
+        self._inos = itertools.count(self.first_ino)
         self._ids = itertools.count(1 + self._db.execute("SELECT coalesce(max(id), 0) FROM entries").fetchone()[0])
 
     # --- reading

@@ -39,10 +39,13 @@ log = logging.getLogger(__name__)
 class Store:
     """Open it, run `run()` in a nursery, use it in the same trio thread, `await flush()`, `close()`."""
 
-    def __init__(self, settings: Settings, claim_fd: int | None = None, keep_orphans: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, claim_fd: int | None = None, keep_orphans: bool = False, first_ino: int = 0
+    ) -> None:
         """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then.
 
         claim_fd: the lock that another process holds for this one. keep_orphans: a kernel may still use files without a name.
+        first_ino: lower numbers may be known to that kernel for inodes that are gone.
         """
         self.settings = settings
         self.database = Database(settings.store, claim_fd)
@@ -52,7 +55,7 @@ class Store:
             parking = FileTier(settings.store / "parking")
             cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
             self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
-            self.files = Files(settings, self.database, self.residency)
+            self.files = Files(settings, self.database, self.residency, first_ino)
             self.recovered = recover(self.files, keep_orphans)
         except BaseException:
             self.database.close()

@@ -75,6 +75,7 @@ cdef class Transport:
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted
     cdef bint passthrough_agreed
+    cdef bint took_over  # replay_init() was answered, and the kernel told to send again
     cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
     cdef uint32_t offered_flags2
     cdef bint made
@@ -205,7 +206,8 @@ cdef class Transport:
     def replay_init(self, const uint8_t[::1] message):
         """Say INIT to pyfuse3 in the kernel's stead, which says it once in the life of a mount. Before read_requests().
 
-        Its answer stays here; instead the kernel is told to send again what the last worker has not answered.
+        Its answer stays here; instead the kernel is told to send again what the last worker has not answered. A request that
+        was read before that would come twice: read_requests() only when `has_taken_over`.
         """
         cdef uint8_t copy[INIT_MAX]
         cdef size_t size = <size_t>message.shape[0]
@@ -214,6 +216,11 @@ cdef class Transport:
         memcpy(copy, &message[0], size)
         (<fuse_in_header *>copy).unique = REPLAY
         check(self.forward(copy, size, EIO))
+
+    @property
+    def has_taken_over(self):
+        """Whether replay_init() has had its effect."""
+        return self.took_over
 
     @property
     def init_request(self):
@@ -532,6 +539,7 @@ cdef class Transport:
                 self.passthrough_wanted) or self.passthrough_agreed
             if head.unique == REPLAY:
                 self.send_answer(message, REPLY_HEAD, 0, -NOTIFY_RESEND)
+                self.took_over = True
                 return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))

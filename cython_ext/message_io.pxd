@@ -5,7 +5,7 @@
 
 from cython_ext.fuse_abi cimport *
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
-from libc.string cimport memcmp
+from libc.string cimport memcmp, memset
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **out, size_t alignment, size_t size)
@@ -118,4 +118,7 @@ cdef inline uint8_t *aligned_buffer(size_t message_max) except NULL:
     if posix_memalign(&base, HUGE_PAGE, size):
         raise MemoryError()
     madvise(base, size, MADV_HUGEPAGE)  # a wish: without huge pages it is slower, not wrong
+    # The kernel ends a request with EIO when it cannot copy it to the reader; and it does not fault pages in for a process that is
+    # being killed. So every page is there before the first request.
+    memset(base, 0, size)
     return <uint8_t *>base

@@ -257,9 +257,8 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     reason = f" ({found['mode_reason']})" if found["mode_reason"] else ""
-    click.echo(
-        f"{found['mountpoint']}: {found['mode']}{reason}, process {found['worker_pid']} ({found['restarts']} restarts), store {found['store']}"
-    )
+    process = f"process {found['worker_pid']} ({found['restarts']} restarts)"
+    click.echo(f"{found['mountpoint']}: {found['mode']}{reason}, {process}, store {found['store']}")
     logical, unique = (_size(found[key]) for key in ("logical_bytes", "unique_bytes"))
     click.echo(f"{found['files']} files, {logical}, stored as {unique} (dedup {found['dedup_ratio']:g})")
     click.echo(f"not yet durable: {_size(found['pending_bytes'])}")

@@ -61,7 +61,9 @@ class Daemon:
         """Everything that can fail for reasons of the user's happens here. `kept`: the mount to take over."""
         self.wanted, self.table, self.took_over = wanted, table, kept is not None
         settings = wanted.configuration.settings
-        self.store = Store(settings, claim_fd, keep_orphans=self.took_over)
+        self.store = Store(settings, claim_fd, keep_orphans=self.took_over, first_ino=table.first_ino)
+        if not self.took_over:
+            table.first_ino = self.store.namespace.first_ino
         try:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
             raise
         except OSError as e:
             if e.errno in (None, errno.EIO, errno.ENOSPC):
-                log.error("%s: %s", handler.__name__, e)
+                log.error("%s: %s", handler.__name__, e, exc_info=True)
             raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
         except Exception as e:
             log.exception("%s failed", handler.__name__)

@@ -58,24 +58,28 @@ class Session:
     async def run(self, operations: pyfuse3.Operations) -> None:
         """Serve until the mount is gone."""
         pyfuse3.init(operations, f"/dev/fd/{self._theirs}", set(pyfuse3.default_options))
-        token = trio.lowlevel.current_trio_token()
-        if self.table.init_request:
-            self.transport.replay_init(self.table.init_request)
-        readers = READERS_PASSTHROUGH if self.wanted else READERS_PORTABLE
-        for _ in range(readers):
-            thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)
-            thread.start()
-            self._threads.append(thread)
         replies = Replies(self.transport)
         trio.lowlevel.add_instrument(replies)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._take_late_replies)
+                nursery.start_soon(self._start_reading)
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
         finally:
             trio.lowlevel.remove_instrument(replies)
             self._close()
+
+    async def _start_reading(self) -> None:
+        if self.table.init_request:
+            self.transport.replay_init(self.table.init_request)
+            while not self.transport.has_taken_over:  # one answer of pyfuse3 away
+                await trio.sleep(0.001)
+        token = trio.lowlevel.current_trio_token()
+        for _ in range(READERS_PASSTHROUGH if self.wanted else READERS_PORTABLE):
+            thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     async def _take_late_replies(self) -> None:
         """What pyfuse3 writes in a thread of its own: invalidations."""

@@ -19,9 +19,10 @@ from cascadefs.ext.fuse_transport import EVENT_RING_BYTES
 
 VERSION = 1  # of this layout: an upgrade to another one is refused
 INIT_BYTES = 256
+INOS_BITS = 32  # no worker makes four billion inodes
 HANDLES, BACKINGS, OPERATIONS = 1 << 16, 1 << 16, 1 << 12  # 4096 operations: 99 can wait for an answer at once
 
-_HEAD = struct.Struct("<4sIQQ")  # magic, version, workers started, length of the INIT request
+_HEAD = struct.Struct("<4sIQQQ")  # magic, version, workers started, length of the INIT request, first inode of the first
 _HANDLE = struct.Struct("<QQQiBBxx")  # fh, inode, request, backing id, writable, direct
 _OPERATION = struct.Struct("<QQQ")  # request, its number, inode whose row will carry the number
 _KEY = struct.Struct("<Q")
@@ -52,7 +53,7 @@ class Table:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._memory = mmap.mmap(fd, TABLE_BYTES)
-        magic, version, _, _ = _HEAD.unpack_from(self._memory)
+        magic, version, _, _, _ = _HEAD.unpack_from(self._memory)
         assert (magic, version) in ((b"CFTB", VERSION), (bytes(4), 0))
         self._slots: dict[int, int] = {}  # fh or backing id (negative) -> place
         taken = {at for at, _ in self._handle_places()}
@@ -67,7 +68,7 @@ class Table:
         """A new one: anonymous memory that fork() and exec() hand on."""
         fd = os.memfd_create("cascadefs-table", 0)
         os.ftruncate(fd, TABLE_BYTES)
-        os.pwrite(fd, _HEAD.pack(b"CFTB", VERSION, 0, 0), 0)
+        os.pwrite(fd, _HEAD.pack(b"CFTB", VERSION, 0, 0, 0), 0)
         return cls(fd)
 
     @property
@@ -83,6 +84,16 @@ class Table:
     @generation.setter
     def generation(self, number: int) -> None:
         _KEY.pack_into(self._memory, 8, number)
+
+    @property
+    def first_ino(self) -> int:
+        """The lowest inode number that this worker may give: no earlier one gave it, also to an inode that is gone."""
+        base = int(_HEAD.unpack_from(self._memory)[4])
+        return base + ((self.generation - 1) << INOS_BITS) if base else 0
+
+    @first_ino.setter
+    def first_ino(self, number: int) -> None:
+        _KEY.pack_into(self._memory, 24, number)
 
     @property
     def init_request(self) -> bytes:

@@ -55,11 +55,11 @@ def cascadefs(*words, env=None):
 class Mount:
     """One store and mountpoint below a folder; started, stopped and killed as often as a test likes."""
 
-    def __init__(self, base: Path, *options: str) -> None:
-        self.store, self.path, self.options = base / "store", base / "mnt", options
+    def __init__(self, base: Path, *options: str, env: dict[str, str] | None = None) -> None:
+        self.store, self.path, self.options, self.env = base / "store", base / "mnt", options, env
 
     def start(self, *options: str) -> "Mount":
-        done = cascadefs("mount", self.path, "--store", self.store, *self.options, *options)
+        done = cascadefs("mount", self.path, "--store", self.store, *self.options, *options, env=self.env)
         assert done.returncode == 0, done.stderr
         return self
 

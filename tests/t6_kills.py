@@ -1,0 +1,192 @@
+"""The worker, or the whole tree, dies by kill -9 in the middle of its work, again and again, under several real processes.
+
+CASCADEFS_KILLS and CASCADEFS_TREE_KILLS give the numbers for a long run (`make torture`); here they are small. A kill at a named point (crash.py)
+is in the middle of an operation by construction; one from outside may find the worker idle: each run states both.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import load
+import pytest
+from conftest import MODES, Mount, need_root_and_fuse
+
+from cascadefs.crash import POINTS
+from cascadefs.mount import device
+from cascadefs.mount.cli import is_running
+
+KILLS = int(os.environ.get("CASCADEFS_KILLS", "30"))
+TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "8"))
+PATIENCE_S = 4.0  # a point that is not passed in this time is given up, and the worker killed from outside
+CLIENTS = 4
+# Points that only an unmount passes, or that need gigabytes: they have tests of their own.
+OTHERS = [name for name in POINTS if name not in ("checkpoint", "extent sealed")]
+OFTEN = ("created", "leased", "hashed", "adopted", "sealed", "unlinked", "deleted", "commit", "committed", "answer")
+pytestmark = pytest.mark.timeout(3600)
+
+
+def plan_of(count: int, seed: int) -> str:
+    """One line for each worker: early and late passages of every point."""
+    rng = random.Random(seed)
+    points = itertools.islice(itertools.cycle(rng.sample(OTHERS, len(OTHERS))), count)
+    return "\n".join(f"{rng.choice((1, 2, 5, 20) if point in OFTEN else (1, 2))} {point}" for point in points)
+
+
+def child_of(pid: int) -> int:
+    """The worker of a keeper; waits for one that is being started."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end and is_running(pid):
+        if words := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            return int(words[0])
+        time.sleep(0.002)
+    raise AssertionError("the keeper has no worker, or is gone")
+
+
+def clients(mount: Mount, base: Path, seed: int) -> list[subprocess.Popen[bytes]]:
+    running = []
+    for i in range(CLIENTS):
+        words = [mount.path / f"c{i}", base / f"journal{i}", base / "stop", str(seed + i)]
+        with (base / f"errors{i}").open("wb") as errors:
+            running.append(subprocess.Popen([sys.executable, load.__file__, *words], stderr=errors))
+    return running
+
+
+def passed(plan: Path) -> list[str]:
+    report = Path(f"{plan}.passed")
+    return report.read_text().split("\n")[:-1] if report.exists() else []
+
+
+def await_death(keeper: int, worker: int, plan: Path, rng: random.Random) -> None:
+    """Until the worker is another one; killed from outside when its point does not come."""
+    end = time.monotonic() + PATIENCE_S * rng.uniform(0.5, 1)
+    while child_of(keeper) == worker:
+        if time.monotonic() > end:
+            os.kill(worker, signal.SIGKILL)
+            end += 60
+        time.sleep(0.01)
+
+
+def verify(folder: Path, journal: Path) -> None:
+    """A folder holds what its client's journal says."""
+    files, pending = load.expected(journal)
+    loose = {name for changes in pending for name in changes}
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    for name in (set(files) | set(found)) - loose:
+        assert found.get(name) == files.get(name), f"{folder / name} is not what was last written"
+    if pending:
+        states = [{name: found.get(name) if value == load.ANY else value for name, value in c.items()} for c in pending]
+        assert any(all(found.get(name) == value for name, value in s.items()) for s in states) or load.ANY in [
+            *pending[0].values()
+        ], f"{folder}: {pending} left {[name for name in loose if name in found]}"
+
+
+@pytest.fixture(params=list(MODES))
+def killable(request, tmp_path, monkeypatch):
+    need_root_and_fuse()
+    plan = tmp_path / "plan"
+    found = Mount(tmp_path, "--shm-size", "48MiB", *MODES[request.param], env={"CASCADEFS_CRASH_PLAN": str(plan)})
+    found.plan = plan
+    yield found
+    subprocess.run(["pkill", "-KILL", "-f", str(Path(load.__file__))], check=False)
+    found.clean()
+
+
+def test_clients_do_not_notice_that_workers_die(killable, tmp_path, capsys):
+    rng = random.Random(7)
+    killable.plan.write_text(plan_of(KILLS, 7))
+    killable.start()
+    keeper = killable.status()["keeper_pid"]
+    running = clients(killable, tmp_path, 100)
+    for _ in range(KILLS):
+        worker = child_of(keeper)
+        await_death(keeper, worker, killable.plan, rng)
+    (tmp_path / "stop").touch()
+    for i, client in enumerate(running):
+        assert client.wait(120) == 0, (tmp_path / f"errors{i}").read_text()[-3000:]
+    status = killable.status()
+    assert status["restarts"] >= KILLS and not status["damaged_objects"]
+    middle = len(passed(killable.plan))
+    operations = sum(path.read_text().count("done") for path in tmp_path.glob("journal*"))
+    with capsys.disabled():
+        share = middle / status["restarts"]
+        print(f"\n{status['restarts']} kills, {middle} in the middle of an operation ({share:.0%}); {operations} operations")
+    killable.stop()
+    killable.wipe_memory()
+    killable.start()
+    for i in range(CLIENTS):
+        verify(killable.path / f"c{i}", tmp_path / f"journal{i}")
+    killable.stop()
+
+
+def test_closed_files_survive_the_death_of_the_whole_tree(killable, tmp_path, capsys):
+    rng = random.Random(11)
+    killable.plan.write_text(plan_of(TREE_KILLS, 11))
+    middle = 0
+    for number in range(TREE_KILLS):
+        killable.start()
+        status = killable.status()
+        running = clients(killable, tmp_path, 1000 * number)
+        before, end = len(passed(killable.plan)), time.monotonic() + PATIENCE_S * rng.uniform(0.2, 0.6)
+        os.kill(status["keeper_pid"], signal.SIGKILL)
+        while is_running(status["worker_pid"]) and time.monotonic() < end:
+            time.sleep(0.005)
+        if is_running(status["worker_pid"]):
+            os.kill(status["worker_pid"], signal.SIGKILL)
+        middle += len(passed(killable.plan)) - before
+        for client in running:
+            client.wait(60)
+        device.unmount(killable.path, lazy=True)
+        killable.start()
+        for i in range(CLIENTS):
+            if (killable.path / f"c{i}").exists():
+                verify(killable.path / f"c{i}", tmp_path / f"journal{i}")
+            (tmp_path / f"journal{i}").unlink(missing_ok=True)
+        subprocess.run(["rm", "-rf", *(killable.path / f"c{i}" for i in range(CLIENTS))], check=True)
+        killable.stop()
+    with capsys.disabled():
+        print(f"\n{TREE_KILLS} deaths of the whole tree, {middle} in the middle of an operation")
+
+
+def test_a_worker_that_dies_at_once_is_given_up(tmp_path):
+    need_root_and_fuse()
+    mount = Mount(tmp_path, "--shm-size", "48MiB").start()
+    try:
+        status = mount.status()
+        (mount.path / "f").write_text("kept")
+        for _ in range(5):
+            worker = child_of(status["keeper_pid"])
+            os.kill(worker, signal.SIGSEGV)
+            while is_running(worker):
+                time.sleep(0.005)
+        end = time.monotonic() + 20
+        while is_running(status["keeper_pid"]) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not is_running(status["keeper_pid"])
+        with pytest.raises(OSError, match="not connected"):
+            os.stat(mount.path)
+        assert "mount it anew" in (mount.store / "cascadefs.log").read_text()
+        mount.start()
+        assert (mount.path / "f").read_text() == "kept"
+    finally:
+        mount.clean()
+
+
+def test_json_status_names_both_processes(tmp_path):
+    need_root_and_fuse()
+    mount = Mount(tmp_path, "--shm-size", "48MiB").start()
+    try:
+        first = mount.status()
+        old = mount.kill_worker()
+        second = json.loads(mount.path.joinpath(".cascade/stats").read_text())
+        assert second["keeper_pid"] == first["keeper_pid"] and second["worker_pid"] != old and second["restarts"] == 1
+    finally:
+        mount.clean()
