@@ -110,6 +110,13 @@ def _parsed(name: str, value: Any, source: str) -> Any:
     return result
 
 
+# Variables of this name space that are no settings: of the command line, the benchmark and the tests.
+NO_SETTINGS = {
+    "CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER", "CASCADEFS_CRASH_PLAN",
+    "CASCADEFS_KILLS", "CASCADEFS_TREE_KILLS",
+}  # fmt: skip
+
+
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> Configuration:
     """Merge the four sources; `flags` with value None are not given. Raises ConfigError with one line."""
     names = [f.name for f in fields(Settings)]
@@ -117,9 +124,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
     for key in from_file:
         if key not in names:
             raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(names)}")
-    reserved = {"CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER", "CASCADEFS_CRASH_PLAN"}
     for key in environ:
-        if key.startswith("CASCADEFS_") and key not in reserved and key[10:].lower() not in names:
+        if key.startswith("CASCADEFS_") and key not in NO_SETTINGS and key[10:].lower() not in names:
             raise ConfigError(f"unknown setting {key} in the environment; known: {', '.join(names)}")
     values, origins = {}, {}
     for name in names:

@@ -64,6 +64,11 @@ class Index:
         """Inodes that show an object."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=?", (oid,))]
 
+    def digests(self) -> dict[bytes, tuple[int, int]]:
+        """Digest -> (size in bytes, 1 if durable), of every object: one query, for recovery."""
+        rows = self._db.execute("SELECT digest, size, durable FROM objects").fetchall()
+        return {digest: (size, durable) for digest, size, durable in rows}
+
     def refs(self, oid: int) -> int:
         """Number of references to an object."""
         row = self._db.execute("SELECT refs FROM objects WHERE oid=?", (oid,)).fetchone()

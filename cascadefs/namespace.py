@@ -90,9 +90,15 @@ class Namespace:
                 return
             after = rows[-1][0]
 
-    def all_names(self) -> Iterator[tuple[int, bytes]]:
-        """(folder, name) of every entry."""
-        yield from self._db.execute("SELECT parent, name FROM entries")
+    def all_names(self, page: int = 1024) -> Iterator[list[tuple[int, bytes]]]:
+        """(folder, name) of every entry that is there when its page is read; between pages the tree may change."""
+        folder, entry = 0, 0
+        while rows := self._db.execute(
+            "SELECT parent, id, name FROM entries WHERE (parent, id) > (?, ?) ORDER BY parent, id LIMIT ?",
+            (folder, entry, page),
+        ).fetchall():
+            yield [(parent, name) for parent, _, name in rows]
+            folder, entry = rows[-1][0], rows[-1][1]
 
     def parent_of(self, ino: int) -> int:
         """The folder that holds folder `ino`; the root is its own parent."""

@@ -45,11 +45,7 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
             result.orphans += 1
     for tier in (files.residency.memory, files.residency.parking):
         _drop_unknown(files, tier, result)
-    files.residency.tidy()
-    for digest in files.residency.memory.objects:
-        files.residency.policy.touched(digest)
-        if (known := files.index.find(digest)) is not None and known.durable:
-            files.residency.mark_clean(digest)
+    files.residency.take_copies(files.index.digests())
     if result.fallen_back or result.absent:
         log.warning("memory was lost: %d files fell back to an older version, %d are absent", result.fallen_back, result.absent)
     return result

@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 class Store:
     """Open it, run `run()` in a nursery, use it in the same trio thread, `await flush()`, `close()`."""
 
-    def __init__(
-        self, settings: Settings, claim_fd: int | None = None, keep_orphans: bool = False, first_ino: int = 0
-    ) -> None:
+    def __init__(self, settings: Settings, claim_fd: int | None = None, keep_orphans: bool = False, first_ino: int = 0) -> None:
         """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then.
 
         claim_fd: the lock that another process holds for this one. keep_orphans: a kernel may still use files without a name.

@@ -130,7 +130,7 @@ class Daemon:
             self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
             once = Once(self.table, transport, self.store.namespace)
             self.operations = Operations(self.store, self.handles, self.virtual, once)
-            self.operations.inform_transport()
+            nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
                 self.handles.inherit()
                 self.operations.inherited = True

@@ -139,12 +139,17 @@ class Operations(pyfuse3.Operations):
         for ino in set(inodes):
             self.transport.set_attributes(ino, getattr_answer(self.names.get(ino)))
 
-    def inform_transport(self) -> None:
-        """Tell the transport every name there is: it answers lookups of others by itself from then on."""
-        for parent, name in self.names.all_names():
-            self.transport.add_name(parent, name)
-        self.transport.names_are_complete()
+    async def inform_transport(self) -> None:
+        """Tell the transport every name there is, while requests are served: it answers lookups of others by itself afterwards.
+
+        A name that is made or removed meanwhile may be counted once too often: then its lookup is asked of Python, no more.
+        """
         self.transport.set_capabilities(self.names.any_xattr(CAPABILITY))
+        for names in self.names.all_names():
+            for parent, name in names:
+                self.transport.add_name(parent, name)
+            await trio.lowlevel.checkpoint()
+        self.transport.names_are_complete()
 
     def catch_up(self) -> None:
         """Do what the transport put aside because nobody waits for it: releases and forgets."""

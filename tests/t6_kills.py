@@ -1,7 +1,8 @@
 """The worker, or the whole tree, dies by kill -9 in the middle of its work, again and again, under several real processes.
 
-CASCADEFS_KILLS and CASCADEFS_TREE_KILLS give the numbers for a long run (`make torture`); here they are small. A kill at a named point (crash.py)
-is in the middle of an operation by construction; one from outside may find the worker idle: each run states both.
+CASCADEFS_KILLS and CASCADEFS_TREE_KILLS give the numbers for a long run (`make torture`); here they are small. A kill at a
+named point (crash.py) is in the middle of an operation by construction; one from outside may find the worker idle: each run
+states both.
 """
 
 import hashlib

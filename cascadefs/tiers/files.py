@@ -21,11 +21,11 @@ class FileTier:
             part.mkdir(mode=0o700, exist_ok=True)
         self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
         self.objects: dict[bytes, int] = {}
-        for entry in os.scandir(self._objects):
-            if len(entry.name) == 32:
-                self.objects[bytes.fromhex(entry.name)] = entry.stat().st_blocks * 512
+        for name in os.listdir(self._objects):
+            if len(name) == 32:
+                self.objects[bytes.fromhex(name)] = 0  # until Residency.take_copies() tells
             else:
-                os.unlink(entry.path)
+                os.unlink(f"{self._objects}/{name}")
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
