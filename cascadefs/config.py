@@ -113,7 +113,7 @@ def _parsed(name: str, value: Any, source: str) -> Any:
 # Variables of this name space that are no settings: of the command line, the benchmark and the tests.
 NO_SETTINGS = {
     "CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER", "CASCADEFS_CRASH_PLAN",
-    "CASCADEFS_KILLS", "CASCADEFS_TREE_KILLS",
+    "CASCADEFS_KILLS", "CASCADEFS_TREE_KILLS", "CASCADEFS_UPGRADE_MIB",
 }  # fmt: skip
 
 

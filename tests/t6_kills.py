@@ -10,15 +10,17 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import load
 import pytest
-from conftest import MODES, Mount, need_root_and_fuse
+from conftest import MODES, Mount, cascadefs, need_root_and_fuse
 
 from cascadefs.crash import POINTS
 from cascadefs.mount import device
@@ -28,6 +30,8 @@ KILLS = int(os.environ.get("CASCADEFS_KILLS", "30"))
 TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "8"))
 PATIENCE_S = 4.0  # a point that is not passed in this time is given up, and the worker killed from outside
 CLIENTS = 4
+UPGRADE_MIB = int(os.environ.get("CASCADEFS_UPGRADE_MIB", "256"))
+FIO_S = 6
 # Points that only an unmount passes, or that need gigabytes: they have tests of their own.
 OTHERS = [name for name in POINTS if name not in ("checkpoint", "extent sealed")]
 OFTEN = ("created", "leased", "hashed", "adopted", "sealed", "unlinked", "deleted", "commit", "committed", "answer")
@@ -57,6 +61,7 @@ def clients(mount: Mount, base: Path, seed: int) -> list[subprocess.Popen[bytes]
         words = [mount.path / f"c{i}", base / f"journal{i}", base / "stop", str(seed + i)]
         with (base / f"errors{i}").open("wb") as errors:
             running.append(subprocess.Popen([sys.executable, load.__file__, *words], stderr=errors))
+    mount.running = running
     return running
 
 
@@ -95,9 +100,11 @@ def killable(request, tmp_path, monkeypatch):
     need_root_and_fuse()
     plan = tmp_path / "plan"
     found = Mount(tmp_path, "--shm-size", "48MiB", *MODES[request.param], env={"CASCADEFS_CRASH_PLAN": str(plan)})
-    found.plan = plan
+    found.plan, found.running = plan, []
     yield found
-    subprocess.run(["pkill", "-KILL", "-f", str(Path(load.__file__))], check=False)
+    for client in found.running:
+        client.kill()
+        client.wait()
     found.clean()
 
 
@@ -191,3 +198,76 @@ def test_json_status_names_both_processes(tmp_path):
         assert second["keeper_pid"] == first["keeper_pid"] and second["worker_pid"] != old and second["restarts"] == 1
     finally:
         mount.clean()
+
+
+def longest_pause(stop: threading.Event, source: Path, target: Path, result: dict[str, float]) -> None:
+    """Copy `source` to `target` in calls of 1 MiB; the longest time that one call took, and the whole."""
+    start = time.monotonic()
+    last = start
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        while data := reader.read(1 << 20):
+            writer.write(data)
+            now = time.monotonic()
+            result["pause"], last = max(result.get("pause", 0.0), now - last), now
+    result["all"] = time.monotonic() - start
+    stop.set()
+
+
+def test_an_upgrade_changes_the_worker_under_a_copy(tmp_path, capsys):
+    need_root_and_fuse()
+    mount = Mount(tmp_path, "--shm-size", "512MiB").start()
+    size, result, stop = UPGRADE_MIB << 20, dict[str, float](), threading.Event()
+    try:
+        with (mount.path / "source").open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(os.urandom(1 << 20))
+        before = mount.status()
+        copy = threading.Thread(target=longest_pause, args=(stop, mount.path / "source", mount.path / "copy", result))
+        copy.start()
+        upgraded = 0
+        while not stop.is_set() or not upgraded:
+            done = cascadefs("upgrade", mount.path)
+            assert done.returncode == 0, done.stderr
+            upgraded += 1
+        copy.join()
+        after = mount.status()
+        assert after["restarts"] == upgraded and after["keeper_pid"] == before["keeper_pid"]
+        assert (mount.path / "copy").stat().st_size == size
+        assert subprocess.run(["cmp", mount.path / "source", mount.path / "copy"], check=False).returncode == 0
+        with capsys.disabled():
+            print(f"\n{upgraded} upgrades under a copy of {UPGRADE_MIB} MiB: longest pause {result['pause'] * 1000:.0f} ms")
+    finally:
+        mount.clean()
+
+
+def test_an_upgrade_to_code_that_cannot_be_loaded_is_refused(tmp_path):
+    need_root_and_fuse()
+    code = tmp_path / "code"
+    code.mkdir()
+    mount = Mount(tmp_path, "--shm-size", "48MiB", env={"PYTHONPATH": str(code)}).start()
+    try:
+        before = mount.status()["worker_pid"]
+        (code / "pyfuse3.py").write_text("raise ImportError('of another Python')\n")
+        done = cascadefs("upgrade", mount.path)
+        assert done.returncode == 1 and "old worker goes on" in done.stderr
+        assert mount.status()["worker_pid"] == before
+        assert "of another Python" in (mount.store / "cascadefs.log").read_text()
+    finally:
+        mount.clean()
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_fio_verifies_through_worker_kills(killable, tmp_path, monkeypatch):
+    killable.start()
+    keeper = killable.status()["keeper_pid"]
+    monkeypatch.chdir(tmp_path)  # fio leaves its state in the current folder
+    job = ["--name=v", f"--directory={killable.path}", "--size=32M", "--bs=4k", "--rw=randrw", "--verify=crc32c", "--nrfiles=8"]
+    words = ["fio", *job, "--time_based", f"--runtime={FIO_S}", "--do_verify=1", "--thinktime=200", "--ioengine=psync"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fio:
+        for _ in range(5):
+            time.sleep(FIO_S / 6)
+            worker = child_of(keeper)
+            os.kill(worker, signal.SIGKILL)
+        said = fio.communicate(timeout=300)[0]
+    assert fio.returncode == 0 and "err= 0" in said, said[-2000:]
+    assert killable.status()["restarts"] >= 5
