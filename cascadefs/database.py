@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascadefs import media
 from cascadefs.config import MIB
 from cascadefs.errors import StoreError
 
@@ -63,7 +64,7 @@ class StoreIdentity:
 
 def _claim(folder: Path) -> int:
     """A descriptor of `folder` that holds its exclusive lock."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = media.open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -96,12 +97,14 @@ def _make_identity(path: Path) -> StoreIdentity:
         }
     )
     partial = path.with_suffix(".new")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "w") as f:
-        f.write(text + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    partial.rename(path)
+    fd = media.open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        media.write_fully(fd, text.encode() + b"\n", 0)
+        media.sync_file(fd)
+    finally:
+        os.close(fd)
+    media.rename(partial, path)
+    media.sync_folder(path.parent)
     return identity
 
 
@@ -122,7 +125,8 @@ class Database:
     def __init__(self, folder: Path) -> None:
         """Open or create. Raises StoreError. Holds the lock of the store until close()."""
         check_store_folder(folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        if media.make_folder(folder):
+            media.sync_folder(folder.parent)
         self.folder = folder
         self._claim_fd = _claim(folder)
         try:
@@ -132,7 +136,7 @@ class Database:
         except BaseException:
             os.close(self._claim_fd)
             raise
-        self.wal_fd = os.open(folder / "index.db-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.wal_fd = media.open_file(folder / "index.db-wal", os.O_RDWR | os.O_CREAT)
 
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
@@ -167,7 +171,7 @@ class Database:
 
     def sync(self) -> None:
         """Make every committed transaction survive power loss. Safe in any thread; blocks for one fsync."""
-        os.fsync(self.wal_fd)
+        media.sync_file(self.wal_fd)
 
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""

@@ -16,13 +16,14 @@ from dataclasses import replace
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
 from cascadefs.residency import Residency
-from cascadefs.tiers.files import FileTier, copy_file
+from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
@@ -66,7 +67,7 @@ class Files:
                 await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
             elif truncate:
-                os.truncate(self.staged_path(inode), 0)
+                media.truncate(self.staged_path(inode), 0)
             return live.enter(await self._source_for(live, inode), writable)
         finally:
             live.lock.release()
@@ -124,7 +125,7 @@ class Files:
             return self.sources.share(live.source)
         if inode.home:
             path = self.staged_path(inode)
-            return self.sources.take(("staged", inode.ino), lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return self.sources.take(("staged", inode.ino), lambda: media.open_file(path, os.O_RDONLY))
         if inode.oid is None:
             return None
         found = self.index.object(inode.oid)
@@ -157,7 +158,7 @@ class Files:
             home = await self._stage_copy(inode, found)
         path = self.residency.tier_of(home).staged_path(inode.ino)
         if cut_at is not None:
-            os.truncate(path, cut_at)
+            media.truncate(path, cut_at)
         else:
             os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
         self.dead += self.index.set_content(inode.ino, home, None, inode.size)
@@ -204,7 +205,7 @@ class Files:
             return home
         fd = holder.open_object(found.digest)
         try:
-            await trio.to_thread.run_sync(copy_file, fd, path)
+            await trio.to_thread.run_sync(media.copy_file, fd, path)
         finally:
             os.close(fd)
         return home
@@ -218,7 +219,7 @@ class Files:
             async with live.lock:
                 inode = self.namespace.get(ino)
                 if inode.home:
-                    os.truncate(self.staged_path(inode), size_bytes)
+                    media.truncate(self.staged_path(inode), size_bytes)
                 else:
                     await self._stage(live, inode, size_bytes)
         finally:

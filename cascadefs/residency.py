@@ -6,14 +6,13 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (3) The bytes that promote() puts into memory were verified block by block.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
 
 import trio
 
-from cascadefs import scheduler
+from cascadefs import media, scheduler
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
@@ -107,14 +106,14 @@ class Residency:
 
     def materialize(self, blocks: Sequence[Block], path: str) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             offset, holes = 0, set[bytes]()
             for block in blocks:
                 if block.fingerprint not in holes and not self._copy_block(block, fd, offset):
                     holes.add(block.fingerprint)
                 offset += block.length
-            os.ftruncate(fd, offset)
+            media.truncate(fd, offset)
         finally:
             os.close(fd)
 
@@ -125,9 +124,7 @@ class Residency:
         try:
             if not payload[0] and payload == bytes(block.length):
                 return False
-            done = 0
-            while done < block.length:
-                done += os.pwrite(fd, payload[done:], offset + done)
+            media.write_fully(fd, payload, offset)
             return True
         finally:
             payload.release()
@@ -143,14 +140,13 @@ class Residency:
         try:
             await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            media.remove(path)
             raise
         if self.holder(found.digest) is None:
             self.memory.place_object(path, found.digest)
             self.policy.touched(found.digest)
             self.mark_clean(found.digest)
         else:
-            os.unlink(path)
+            media.remove(path)
         self.cold_reads += 1
         return True

@@ -18,6 +18,7 @@ from itertools import islice
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import FILE_BYTES_MAX
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
@@ -25,8 +26,7 @@ from cascadefs.files import Files
 from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
-from cascadefs.tiers.cold import lease_is_free
-from cascadefs.tiers.files import FileTier, copy_file
+from cascadefs.tiers.files import FileTier
 from cascadefs.types import Block, Home, Inode, Object
 
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
@@ -67,10 +67,10 @@ class Sealer:
 
     async def _seal_locked(self, live: Live, inode: Inode) -> bool:
         tier = self.residency.tier_of(inode.home)
-        fd = os.open(tier.staged_path(inode.ino), os.O_RDONLY | os.O_CLOEXEC)
+        fd = media.open_file(tier.staged_path(inode.ino), os.O_RDONLY)
         try:
             state = os.fstat(fd)
-            if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
+            if state.st_size > FILE_BYTES_MAX or not media.lease_is_free(fd):
                 return False
             content = await self._content(fd, state.st_size, tier is self.residency.memory)
             if live.source is not None and self.residency.holder(content.digest) is not None:
@@ -166,12 +166,12 @@ class Sealer:
         namespace = self.files.namespace
         holder = namespace.make_orphan(ORPHAN_MODE, self.residency.home_for_new())
         tier = self.residency.tier_of(holder.home)
-        source = os.open(self.files.staged_path(inode), os.O_RDONLY | os.O_CLOEXEC)
+        source = media.open_file(self.files.staged_path(inode), os.O_RDONLY)
         live = self.files.of(holder.ino)
         try:
             async with live.lock:
-                await trio.to_thread.run_sync(copy_file, source, tier.staged_path(holder.ino))
-                fd = os.open(tier.staged_path(holder.ino), os.O_RDONLY | os.O_CLOEXEC)
+                await trio.to_thread.run_sync(media.copy_file, source, tier.staged_path(holder.ino))
+                fd = media.open_file(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
                     self._show_object(live, holder, tier, state, await self._content(fd, state.st_size, False))

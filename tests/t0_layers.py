@@ -10,6 +10,7 @@ ORDER = [
     ["ext"],
     ["errors", "types", "config"],
     ["record"],
+    ["media"],
     ["policies", "scheduler", "database"],
     ["namespace", "index"],
     ["tiers"],
