@@ -24,6 +24,7 @@ from cascadefs.errors import StoreError
 FORMAT = 1
 BLOCK_BYTES = 4 * MIB  # a Lustre stripe, and large enough that one record header costs 0.1 %
 SECRET_BYTES = 192
+NO_STORE_YET = ("lost+found", "store.new")  # a folder with nothing else is empty; store.new: a creation that a crash ended
 
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
@@ -113,7 +114,7 @@ def check_store_folder(folder: Path) -> None:
     if folder.exists():
         if not folder.is_dir():
             raise StoreError(f"the store {folder} is not a folder; give another --store")
-        if not (folder / "store.json").exists() and any(p.name != "lost+found" for p in folder.iterdir()):
+        if not (folder / "store.json").exists() and any(p.name not in NO_STORE_YET for p in folder.iterdir()):
             raise StoreError(f"{folder} is not empty and not a cascadefs store; give an empty folder or another --store")
     elif not folder.parent.is_dir():
         raise StoreError(f"the store {folder} cannot be made: {folder.parent} is missing; create it or give another --store")

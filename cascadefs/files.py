@@ -109,7 +109,7 @@ class Files:
 
     def delete(self, inode: Inode) -> None:
         """An inode without name and user goes, and what only it referred to."""
-        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid is not None}
+        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
             self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)

@@ -19,6 +19,7 @@ from cascadefs.policies import EvictionPolicy
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
@@ -27,7 +28,7 @@ class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
     def __init__(
-        self, index: Index, memory: ShmTier, parking: FileTier, cold: ColdTier, policy: EvictionPolicy, sources: Sources
+        self, index: Index, memory: ShmTier, parking: Parking, cold: ColdTier, policy: EvictionPolicy, sources: Sources
     ) -> None:
         self.index, self.memory, self.parking, self.cold = index, memory, parking, cold
         self.policy, self.sources = policy, sources

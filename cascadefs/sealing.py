@@ -27,7 +27,7 @@ from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
 from cascadefs.tiers.files import FileTier
-from cascadefs.types import Block, Home, Inode, Object
+from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object
 
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
@@ -189,7 +189,7 @@ class Sealer:
         files = self.files
         found = files.namespace.get(holder)
         with files.database.transaction():
-            files.dead += self.index.set_fallback(ino, found.oid)
+            files.dead += self.index.set_fallback(ino, EMPTY_OID if found.oid is None else found.oid)
             now = files.namespace.find(ino)
             if now is not None and now.home:
                 files.namespace.update(ino, size=files.with_staged(now).size)

@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import Settings
 from cascadefs.database import Database
 from cascadefs.errors import os_error
@@ -28,7 +29,7 @@ from cascadefs.residency import Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
 from cascadefs.tiers.cold import ColdTier
-from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Inode
 
@@ -46,8 +47,9 @@ class Store:
         try:
             identity = self.database.identity
             memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
-            parking = FileTier(settings.store / "parking")
+            parking = Parking(settings.store / "parking")
             cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
+            media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
             self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
             self.files = Files(settings, self.database, self.residency)
             self.recovered = recover(self.files)
