@@ -5,22 +5,32 @@ Owns: the connection and the file index.db. Knows no meaning of the rows: namesp
 (2) A committed transaction survives the death of the process (WAL, written before COMMIT returns); it survives power
     loss once sync() has run after it. sync() only needs `wal_fd` and may run in any thread.
 (3) A statement outside `transaction()` is a transaction of its own.
+(4) A transaction that raised has changed nothing and is over, whatever the medium did; what sqlite3 raises is an OSError here.
+(5) After a sync that failed, none succeeds before renew() has written everything again: the kernel reports a lost write once
+    and forgets it.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cascadefs import media
 from cascadefs.config import MIB
-from cascadefs.errors import StoreError
+from cascadefs.errors import StoreError, from_sqlite
+from cascadefs.health import Health
+from cascadefs.reserve import Reserve
 
+log = logging.getLogger(__name__)
 FORMAT = 1
 BLOCK_BYTES = 4 * MIB  # a Lustre stripe, and large enough that one record header costs 0.1 %
 SECRET_BYTES = 192
@@ -120,40 +130,64 @@ def check_store_folder(folder: Path) -> None:
         raise StoreError(f"the store {folder} cannot be made: {folder.parent} is missing; create it or give another --store")
 
 
+class _Connection(sqlite3.Connection):
+    """Errors of the medium leave as OSError with its errno, and are told to `health`."""
+
+    health: Health
+
+    def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+        try:
+            return super().execute(sql, parameters)
+        except sqlite3.DatabaseError as e:
+            found = from_sqlite(e)
+            if found is None:
+                raise
+            self.health.failed("index", found)
+            raise found from e
+
+
 class Database:
-    """An open store database. `identity` never changes; `connection` belongs to the thread that opened it."""
+    """An open store database. `identity` never changes; `connection` belongs to the thread that opened it.
+
+    `undo`: functions called at the begin of a transaction; what they return is called when it is rolled back.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open or create. Raises StoreError. Holds the lock of the store until close()."""
         check_store_folder(folder)
         if media.make_folder(folder):
             media.sync_folder(folder.parent)
-        self.folder = folder
+        self.folder, self.health, self.reserve = folder, Health(), Reserve(folder)
+        self.undo: list[Callable[[], Callable[[], None]]] = []
+        self._suspect = False
         self._claim_fd = _claim(folder)
         try:
             path = folder / "store.json"
             self.identity = _read_identity(path) if path.exists() else _make_identity(path)
-            self.connection = self._connect(folder / "index.db")
+            self.connection = self._connect(folder / "index.db", self.health)
         except BaseException:
             os.close(self._claim_fd)
             raise
         self.wal_fd = media.open_file(folder / "index.db-wal", os.O_RDWR | os.O_CREAT)
 
     @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
+    def _connect(path: Path, health: Health) -> sqlite3.Connection:
         # Pages of 1 KiB: a commit writes whole pages to the WAL, and a create touches six of them.
         new = not path.exists()
-        connection = sqlite3.connect(path, isolation_level=None, timeout=0, cached_statements=256)
-        connection.executescript(
-            "PRAGMA page_size=1024; PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-            "PRAGMA wal_autocheckpoint=32000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
-        )
         try:
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            connection = sqlite3.connect(path, isolation_level=None, timeout=0, cached_statements=256, factory=_Connection)
+            connection.health = health
+            connection.executescript(
+                "PRAGMA page_size=1024; PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
+                "PRAGMA wal_autocheckpoint=32000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
+            )
+            tables = sqlite3.Connection.execute(connection, "SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if new or not tables:
+                connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
         except sqlite3.DatabaseError as e:
-            raise StoreError(f"{path} is damaged ({e}); restore it from a copy") from e
-        if new or not tables:
-            connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
+            if getattr(e, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise StoreError(f"{path} is damaged ({e}); restore it from a copy") from e
+            raise (from_sqlite(e) or e) from e
         return connection
 
     @contextmanager
@@ -162,21 +196,52 @@ class Database:
         if self.connection.in_transaction:
             yield self.connection
             return
+        undo, before = [begin() for begin in self.undo], self.connection.total_changes
         self.connection.execute("BEGIN")
         try:
             yield self.connection
+            self.connection.execute("COMMIT")
         except BaseException:
-            self.connection.execute("ROLLBACK")
+            self._roll_back()
+            for back in undo:
+                back()
             raise
-        self.connection.execute("COMMIT")
+        if self.health.troubles and not self._suspect and self.connection.total_changes > before:
+            self.health.worked("index")
+
+    def _roll_back(self) -> None:
+        """After some errors SQLite has done it itself; after others the transaction is open, and the next would join it."""
+        if self.connection.in_transaction:
+            with contextlib.suppress(OSError):  # memory is rolled back all the same, and the WAL has no commit
+                self.connection.execute("ROLLBACK")
 
     def sync(self) -> None:
         """Make every committed transaction survive power loss. Safe in any thread; blocks for one fsync."""
-        media.sync_file(self.wal_fd)
+        if self._suspect:
+            raise OSError(errno.EIO, "index: an earlier sync failed and what it lost is not yet written again")
+        try:
+            media.sync_file(self.wal_fd)
+        except OSError as e:
+            self._suspect = True
+            self.health.failed("index", e)
+            raise
+
+    def renew(self) -> None:
+        """After a failed sync: bring everything into index.db, from the pages that SQLite and the kernel still hold."""
+        if not self._suspect:
+            return
+        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise OSError(errno.EIO, "index: what a failed sync lost could not be written again")
+        self._suspect = False
+        self.health.worked("index")
 
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""
-        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except OSError as e:
+            log.error("the index stays in its WAL: %s", e)
         self.connection.close()
         os.close(self.wal_fd)
         os.close(self._claim_fd)

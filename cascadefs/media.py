@@ -84,6 +84,11 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def allocate(fd: int, size_bytes: int) -> None:
+    """Give a file blocks for that many bytes."""
+    os.posix_fallocate(fd, 0, size_bytes)
+
+
 def copy_file(source_fd: int, path: str) -> None:
     """Copy the bytes of an open file into a new file at `path`; holes stay holes."""
     remove(path)

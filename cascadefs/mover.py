@@ -27,7 +27,7 @@ from cascadefs.types import Location, Object
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
-BACKOFF_S = 1.0  # after an error of the cold tier's medium
+BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 
 
@@ -37,9 +37,11 @@ class Mover:
     def __init__(self, files: Files, sealer: Sealer) -> None:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
+        self.health = files.database.health
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
         self._lock = trio.Lock()
         self._event = trio.Event()
         files.wake = self._wake
@@ -55,19 +57,16 @@ class Mover:
             nursery.start_soon(self._keep_room)
 
     async def _forever(self, work: Callable[[], Awaitable[bool]]) -> None:
-        """Rounds while there is work; else sleep until woken, or a little."""
+        """Rounds while there is work; else sleep until woken, or a little. Errors are tried again, later and later."""
+        pause = BACKOFF_S
         while True:
             try:
                 busy = await work()
-            except OSError as e:
-                log.error("%s", e)
-                self.last_error = e
-                await trio.sleep(BACKOFF_S)
-                continue
+                pause = BACKOFF_S
             except Exception as e:  # background work must not end the mount; the next round starts afresh
-                log.exception("background work failed")
-                self.last_error = os_error(errno.EIO, repr(e))
-                await trio.sleep(BACKOFF_S)
+                self._remember(e)
+                await trio.sleep(pause)
+                pause = min(2 * pause, BACKOFF_MAX_S)
                 continue
             if busy:
                 await trio.lowlevel.checkpoint()
@@ -77,6 +76,16 @@ class Mover:
                 with trio.move_on_after(1):
                     await self._event.wait()
                 self._event = trio.Event()
+
+    def _remember(self, e: Exception) -> None:
+        """An error of a medium is one line when it begins; anything else is a fault of ours and logged in full."""
+        if isinstance(e, OSError):
+            if str(e) != str(self.last_error):
+                log.error("%s", e)
+            self.last_error = e
+        else:
+            log.exception("background work failed")
+            self.last_error = os_error(errno.EIO, repr(e))
 
     async def _seal_round(self) -> bool:
         return await self.sealer.seal_due() > 0
@@ -114,12 +123,19 @@ class Mover:
                     await self._append(pieces)
             except CorruptRecord as e:
                 await self._set_aside(chosen, e)
+            except OSError as e:
+                self.health.failed("cold tier", e)
+                raise
             finally:
                 for fd in fds:
                     os.close(fd)
+            if pieces:
+                self.health.worked("cold tier")
             await self._commit(chosen)
             if chosen or self.files.dead:
                 await self._give_back()
+            self.files.delete_leftover()
+            self.files.database.reserve.fill()
         return len(chosen)
 
     def _choose(self, first: Sequence[int]) -> list[Object]:
@@ -208,24 +224,32 @@ class Mover:
                 elif self.residency.holder(found.digest) is None:
                     log.error("object %s is dirty and has no copy", found.digest.hex())
                     self.unflushable.add(found.oid)
-        if ready:
-            await trio.to_thread.run_sync(self.files.database.sync)
-        for digest in ready:
+        self._placed |= dict.fromkeys(ready)
+        if not self._placed:
+            return
+        await self.sync_index()
+        synced, self._placed = list(self._placed), {}
+        for digest in synced:
             if (durable := self.index.find(digest)) is not None and durable.durable:
                 self.residency.mark_clean(digest)
-        self.residency.tidy(ready)
+        self.residency.tidy(synced)
+
+    async def sync_index(self) -> None:
+        """Every transaction so far survives a loss of power afterwards."""
+        self.files.database.renew()
+        await trio.to_thread.run_sync(self.files.database.sync)
 
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
-        dead, self.files.dead = self.files.dead, []
-        gone = self.index.dead_extents()
-        if not dead and not gone:
+        count, gone = len(self.files.dead), self.index.dead_extents()
+        if not count and not gone:
             return
-        await trio.to_thread.run_sync(self.files.database.sync)
+        await self.sync_index()
+        dead, self.files.dead[:count] = self.files.dead[:count], []
         await trio.to_thread.run_sync(self._punch, dead)
         for number in gone:
+            self.cold.remove(number)  # before it is forgotten: else an error would leave it for ever
             self.index.forget_extent(number)
-            self.cold.remove(number)
 
     def _punch(self, dead: Sequence[Location]) -> None:
         for location in dead:
@@ -256,7 +280,7 @@ class Mover:
                     self.files.forget_if_gone(holder)
         elif (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
             await self.make_durable(now.oid)
-        await trio.to_thread.run_sync(self.files.database.sync)
+        await self.sync_index()
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
@@ -267,7 +291,7 @@ class Mover:
         for ino in busy:
             if self.files.namespace.find(ino) is not None:
                 await self.fsync(ino)
-        await trio.to_thread.run_sync(self.files.database.sync)
+        await self.sync_index()
         if self.unflushable:
             raise os_error(errno.EIO, f"{len(self.unflushable)} damaged objects could not be flushed")
 

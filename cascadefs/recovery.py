@@ -4,8 +4,8 @@ Owns: the rules of falling back. Runs once, before anything else uses the store;
 (1) Afterwards every staged inode has its file, every dirty object a copy, no file in a tier is unknown to the index.
 (2) A content that is gone is replaced by the durable version before it; a file that never had one is absent.
 (3) Nothing that could still be read is removed.
-(4) After a loss of power a staged file in parking is gone, whatever its bytes: nothing can tell whether they are whole. A parked
-    copy of an object is kept when its fingerprints say so.
+(4) After a loss of power a staged file in parking is gone, whatever its bytes: nothing can tell whether they are whole. A
+    parked copy of an object is kept when its fingerprints say so.
 """
 
 import logging

@@ -6,6 +6,8 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (3) The bytes that promote() puts into memory were verified block by block.
 """
 
+import contextlib
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -140,8 +142,11 @@ class Residency:
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
             await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
-        except BaseException:
-            media.remove(path)
+        except BaseException as e:
+            with contextlib.suppress(OSError):
+                media.remove(path)
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.ENOMEM):
+                return False  # memory is fuller than we knew: the reader is served from the extents
             raise
         if self.holder(found.digest) is None:
             self.memory.place_object(path, found.digest)

@@ -126,12 +126,18 @@ class Sealer:
         if content.size_bytes and self.residency.holder(content.digest) is None:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
-        with files.database.transaction():
-            oid = self._object_of(content).oid if content.size_bytes else None
-            files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
-            changed = max(inode.ctime_ns, state.st_mtime_ns)
-            blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
-            files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+        try:
+            with files.database.transaction():
+                oid = self._object_of(content).oid if content.size_bytes else None
+                keep = oid is not None
+                files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=keep)
+                changed = max(inode.ctime_ns, state.st_mtime_ns)
+                blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
+                files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+        except BaseException:
+            if adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
+                self.residency.drop(tier, content.digest)
+            raise
         tier.drop_staged(inode.ino)
         if live.source is not None and adopted:
             files.sources.rename(live.source, ("object", content.digest))
@@ -165,12 +171,15 @@ class Sealer:
             raise os_error(errno.EFBIG, f"inode {ino}")
         namespace = self.files.namespace
         holder = namespace.make_orphan(ORPHAN_MODE, self.residency.home_for_new())
-        tier = self.residency.tier_of(holder.home)
         source = media.open_file(self.files.staged_path(inode), os.O_RDONLY)
         live = self.files.of(holder.ino)
         try:
             async with live.lock:
-                await trio.to_thread.run_sync(media.copy_file, source, tier.staged_path(holder.ino))
+                home = await self.files.fill_staged(holder.ino, partial(media.copy_file, source))
+                if home != holder.home:
+                    namespace.update(holder.ino, home=home)
+                    holder = namespace.get(holder.ino)
+                tier = self.residency.tier_of(home)
                 fd = media.open_file(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
@@ -207,7 +216,12 @@ class Sealer:
         done = 0
         for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
             self.files.to_seal.pop(ino, None)
-            if await self.seal(ino):
+            try:
+                sealed = await self.seal(ino)
+            except BaseException:
+                self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+                raise
+            if sealed:
                 done += 1
             elif (live := self.files.live.get(ino)) is None or not live.writers:
                 self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)

@@ -17,7 +17,7 @@ import trio
 from cascadefs import media
 from cascadefs.config import Settings
 from cascadefs.database import Database
-from cascadefs.errors import os_error
+from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Sources
@@ -52,9 +52,12 @@ class Store:
             media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
             self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
             self.files = Files(settings, self.database, self.residency)
-            self.recovered = recover(self.files)
-        except BaseException:
+            self.recovered = self.database.reserve.lend(partial(recover, self.files))
+            self.database.reserve.fill()
+        except BaseException as e:
             self.database.close()
+            if isinstance(e, OSError):
+                raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
             raise
         self.namespace, self.index = self.files.namespace, self.residency.index
         self.sealer = Sealer(self.files)
@@ -101,7 +104,12 @@ class Store:
             home = self.residency.home_for_new()
             mode = stat.S_IFREG | 0o644
             known = self.namespace.make(parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
-            handle = self.files.create_content(known)
+            try:
+                handle = self.files.create_content(known)
+            except OSError:
+                gone = self.database.reserve.lend(partial(self.namespace.unlink, parent, os.fsencode(name)))
+                self.files.forget_if_gone(gone.ino)
+                raise
         else:
             handle = await self.files.open(known.ino, writable=True, truncate=True)
         try:

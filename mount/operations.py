@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import pyfuse3
@@ -143,6 +144,7 @@ class Operations(pyfuse3.Operations):
                 self.handles.remove(fh)
             for ino, times in forgotten:
                 self._forget(ino, times)
+        self.files.delete_leftover()
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
@@ -160,12 +162,13 @@ class Operations(pyfuse3.Operations):
         """UNLINK."""
         _refuse_virtual(parent)
         self.files.last_use = time.monotonic()
-        self._gone_name(parent, name, self.names.unlink(parent, name).ino)
+        gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
+        self._gone_name(parent, name, gone.ino)
 
     async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """RMDIR."""
         _refuse_virtual(parent)
-        gone = self.names.rmdir(parent, name).ino
+        gone = self.store.database.reserve.lend(partial(self.names.rmdir, parent, name)).ino
         self.transport.drop_attributes(gone)
         self._gone_name(parent, name, gone)
 
@@ -228,7 +231,7 @@ class Operations(pyfuse3.Operations):
         if fh == virtual.FOLDER:
             await self.store.flush()
         else:
-            await trio.to_thread.run_sync(self.store.database.sync)
+            await self.store.mover.sync_index()
 
     # --- attributes
 
@@ -319,7 +322,8 @@ class Operations(pyfuse3.Operations):
         try:
             info = self.handles.add(self.files.create_content(inode), flags)
         except BaseException:
-            self._gone_name(parent, name, self.names.unlink(parent, name).ino)
+            gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
+            self._gone_name(parent, name, gone.ino)
             raise
         self.files.lookups[inode.ino] = 1
         return info, entry(inode)

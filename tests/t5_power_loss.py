@@ -1,4 +1,6 @@
-"""Power loss: a store opens in every state that a crash can leave, and shows what was promised. TORTURE=1: more than 10,000 states."""
+"""Power loss: a store opens in every state that a crash can leave, and shows what was promised.
+
+TORTURE=1: more than 10,000 states."""
 
 import json
 import os

@@ -6,6 +6,7 @@ Owns: <store>/extents/*.cfx. Does not know what a block belongs to. Every method
 (3) Nothing is returned by read() whose length, place and fingerprint were not checked.
 """
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -80,13 +81,18 @@ class ColdTier:
         fd = media.open_direct(self.path(number), os.O_RDWR)
         try:
             media.truncate(fd, position)
-            placed = []
-            for batch in _batches(pieces):
-                locations, data = self._pack(number, position, batch)
-                with data:
-                    media.write_fully(fd, data, position)
-                position += sum(record_bytes(piece.length) for piece in batch)
-                placed += locations
+            placed, start = [], position
+            try:
+                for batch in _batches(pieces):
+                    locations, data = self._pack(number, position, batch)
+                    with data:
+                        media.write_fully(fd, data, position)
+                    position += sum(record_bytes(piece.length) for piece in batch)
+                    placed += locations
+            except OSError:
+                with contextlib.suppress(OSError):
+                    media.truncate(fd, start)  # a full disk gets back at once what a half batch took
+                raise
             media.sync_data(fd)
         finally:
             os.close(fd)

@@ -1,8 +1,8 @@
 """The parking folder: a FileTier on the disk of the store, for staged files and object copies that memory has no room for.
 
-Owns: <store>/parking, and `boot` in it. Invariant: files in parking are never synced (what must be durable goes to extents), so after
-a loss of power their bytes are anything. `survived` tells whether the machine has run without a break since they were written:
-the page cache holds them then, whatever became of processes.
+Owns: <store>/parking, and `boot` in it. Invariant: files in parking are never synced (what must be durable goes to extents),
+so after a loss of power their bytes are anything. `survived` tells whether the machine has run without a break since they were
+written: the page cache holds them then, whatever became of processes.
 """
 
 import os

@@ -19,7 +19,8 @@ from typing import Any
 
 KINDS = ("OPEN", "CREATE", "READ", "WRITE", "TRUNCATE", "SYNC", "RENAME", "UNLINK", "LINK", "MKDIR", "PUNCH", "SEND", "MARK")
 OPEN, CREATE, READ, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, LINK, MKDIR, PUNCH, SEND, MARK = range(13)
-PLACES = ("extents/", "parking/staged/", "parking/objects/", "parking/boot", "index.db-wal", "index.db-journal", "index.db", "store.")
+INDEX = ("index.db-wal", "index.db-journal", "index.db")
+PLACES = ("extents/", "parking/staged/", "parking/objects/", "parking/boot", *INDEX, "store.")
 SECTOR = 512
 _ENTRY = struct.Struct("<IIIIQqq")  # struct entry of shim.c
 

@@ -1,7 +1,7 @@
 """Power loss: records a workload, then opens the store in states that a crash could have left, and looks at it.
 
-Owns: the loop over crash points and states. `python -m tests.faults.power BASE SHIM SEED STATES MUTANT` prints a Result as JSON.
-The memory tier is lost in every state, and the machine has booted since: parking/boot names another boot.
+Owns: the loop over crash points and states. `python -m tests.faults.power BASE SHIM SEED STATES MUTANT` prints a Result as
+JSON. The memory tier is lost in every state, and the machine has booted since: parking/boot names another boot.
 """
 
 import json
@@ -136,7 +136,8 @@ class Replay:
 COUNTS = {
     "objects.refs": "SELECT count(*) FROM objects o WHERE refs != (SELECT count(*) FROM inodes WHERE oid=o.oid)"
     " + (SELECT count(*) FROM inodes WHERE durable_oid=o.oid) OR refs = 0",
-    "blocks.refs": "SELECT count(*) FROM blocks b WHERE refs != (SELECT count(*) FROM object_blocks WHERE bid=b.bid) OR refs = 0",
+    "blocks.refs": "SELECT count(*) FROM blocks b WHERE refs != (SELECT count(*) FROM object_blocks WHERE bid=b.bid)"
+    " OR refs = 0",
     "extents.live": "SELECT count(*) FROM extents e WHERE live != (SELECT coalesce(sum((length + 64 + 4095) / 4096 * 4096), 0)"
     " FROM blocks WHERE extent=e.number)",
 }

@@ -19,7 +19,7 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database, media
+from cascadefs import database, media, reserve
 from cascadefs.config import Settings
 from cascadefs.database import Database
 from cascadefs.mover import Mover
@@ -38,6 +38,7 @@ _library = ctypes.CDLL(None)
 
 def settings(base: Path) -> Settings:
     """Of the recording and of every replay."""
+    reserve.RESERVE_BYTES = 64 * KIB
     return Settings(
         store=base / "disk" / "store",
         shm_dir=base / "shm",
@@ -70,7 +71,8 @@ class Recorder:
     async def step(self) -> None:
         names = list(self.files)
         kinds = ["put"] * 5 + ["rounds"] * 2 + ["park"]
-        kinds += ["append", "append", "cut", "unlink", "unlink", "rename", "rename", "link", "fsync", "fsync", "fsync"] * bool(names)
+        of_files = ["append"] * 2 + ["cut"] + ["unlink"] * 2 + ["rename"] * 2 + ["link"] + ["fsync"] * 3
+        kinds += of_files * bool(names)
         kinds += ["flush"] + ["restart"] * (self.random.random() < 0.3)
         kind = self.random.choice(kinds)
         await getattr(self, kind)(self.random.choice(names) if names else "")

@@ -25,7 +25,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum kind { OPEN, CREATE, READ, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, LINK, MKDIR, PUNCH, SEND, MARK };
+enum kind { OPEN, CREATE, READ, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, LINK, MKDIR, PUNCH, SEND, MARK };  // PUNCH: any fallocate
 enum tier { NONE, EXTENTS, PARKING, INDEX, IDENTITY, MEMORY, FOLDER };
 enum mode { OFF, FAIL, SHORT, DELAY };
 
@@ -274,6 +274,18 @@ int fallocate64(int fd, int mode, off64_t offset, off64_t length) {
     return GUARDED(tier, REAL(fallocate64)(fd, mode, offset, length), note(PUNCH, inode_of(fd), NULL, NULL, 0, offset, length));
 }
 int fallocate(int fd, int mode, off_t offset, off_t length) { return fallocate64(fd, mode, offset, length); }
+
+// Allocation alone: what the file holds is not changed by it, but its size; the log has that.
+int posix_fallocate64(int fd, off64_t offset, off64_t length) {
+    enum tier tier = tier_of_fd(fd);
+    if (meet(PUNCH, tier, NULL)) return errno;
+    int saved = errno, code = 0;
+    if (GUARDED(tier, REAL(fallocate64)(fd, 0, offset, length), note(TRUNCATE, inode_of(fd), NULL, NULL, 0, 0, offset + length)))
+        code = errno;
+    errno = saved;
+    return code;
+}
+int posix_fallocate(int fd, off_t offset, off_t length) { return posix_fallocate64(fd, offset, length); }
 
 // What was sent is read back from the source, so that the log has the bytes.
 static void note_sent(int to, int from, int64_t start, ssize_t count) {
