@@ -21,6 +21,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ class _Connection(sqlite3.Connection):
     """Errors of the medium leave as OSError with its errno, and are told to `health`."""
 
     health: Health
+    is_full: Callable[[], bool]
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         try:
@@ -142,6 +144,8 @@ class _Connection(sqlite3.Connection):
             found = from_sqlite(e)
             if found is None:
                 raise
+            if found.errno == errno.EIO and self.is_full():  # SQLite keeps no errno of a sync that failed
+                found = OSError(errno.ENOSPC, str(e))
             self.health.failed("index", found)
             raise found from e
 
@@ -159,16 +163,20 @@ class Database:
             media.sync_folder(folder.parent)
         self.folder, self.health, self.reserve = folder, Health(), Reserve(folder)
         self.undo: list[Callable[[], Callable[[], None]]] = []
-        self._suspect = False
+        self._suspect: OSError | None = None
         self._claim_fd = _claim(folder)
         try:
             path = folder / "store.json"
             self.identity = _read_identity(path) if path.exists() else _make_identity(path)
             self.connection = self._connect(folder / "index.db", self.health)
+            try:
+                self.wal_fd = media.open_file(folder / "index.db-wal", os.O_RDWR | os.O_CREAT)
+            except BaseException:
+                self.connection.close()
+                raise
         except BaseException:
             os.close(self._claim_fd)
             raise
-        self.wal_fd = media.open_file(folder / "index.db-wal", os.O_RDWR | os.O_CREAT)
 
     @staticmethod
     def _connect(path: Path, health: Health) -> sqlite3.Connection:
@@ -176,7 +184,11 @@ class Database:
         new = not path.exists()
         try:
             connection = sqlite3.connect(path, isolation_level=None, timeout=0, cached_statements=256, factory=_Connection)
-            connection.health = health
+        except sqlite3.DatabaseError as e:
+            raise (from_sqlite(e) or e) from e
+        connection.health = health
+        connection.is_full = partial(media.is_full, path.parent)
+        try:
             connection.executescript(
                 "PRAGMA page_size=1024; PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
                 "PRAGMA wal_autocheckpoint=32000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
@@ -185,6 +197,7 @@ class Database:
             if new or not tables:
                 connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
         except sqlite3.DatabaseError as e:
+            connection.close()
             if getattr(e, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise StoreError(f"{path} is damaged ({e}); restore it from a copy") from e
             raise (from_sqlite(e) or e) from e
@@ -218,11 +231,11 @@ class Database:
     def sync(self) -> None:
         """Make every committed transaction survive power loss. Safe in any thread; blocks for one fsync."""
         if self._suspect:
-            raise OSError(errno.EIO, "index: an earlier sync failed and what it lost is not yet written again")
+            raise self._still_suspect()
         try:
             media.sync_file(self.wal_fd)
         except OSError as e:
-            self._suspect = True
+            self._suspect = e
             self.health.failed("index", e)
             raise
 
@@ -230,11 +243,18 @@ class Database:
         """After a failed sync: bring everything into index.db, from the pages that SQLite and the kernel still hold."""
         if not self._suspect:
             return
-        busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        try:
+            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except OSError as e:
+            raise self._still_suspect() from e
         if busy:
-            raise OSError(errno.EIO, "index: what a failed sync lost could not be written again")
-        self._suspect = False
+            raise self._still_suspect()
+        self._suspect = None
         self.health.worked("index")
+
+    def _still_suspect(self) -> OSError:
+        """With the errno of the sync that failed: a full disk is told as one."""
+        return OSError(self._suspect.errno if self._suspect else None, "index: an earlier sync failed and is not made good yet")
 
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""

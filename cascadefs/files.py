@@ -24,11 +24,10 @@ from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
-from cascadefs.residency import Residency
+from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
-NO_ROOM = (errno.ENOSPC, errno.ENOMEM)
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 
 
@@ -82,8 +81,29 @@ class Files:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
         fd, home = self._create_staged(inode.ino, Home(inode.home))
         if home != inode.home:
-            self.namespace.update(inode.ino, home=home)
+            try:
+                self.namespace.update(inode.ino, home=home)
+            except BaseException:
+                os.close(fd)
+                raise
         return self.of(inode.ino).enter(self.sources.take(("staged", inode.ino), lambda: fd), True)
+
+    def create(self, make: Callable[[], Inode]) -> tuple[Inode, Handle]:
+        """A new inode, which `make` inserts, with its empty staged file and the creator's handle: all of it or nothing."""
+        handle = None
+        try:
+            with self.database.transaction():
+                inode = make()
+                handle = self.create_content(inode)
+        except BaseException:
+            if handle is not None and handle.source is not None:
+                del self.live[handle.ino]
+                self.sources.release(handle.source)
+                for tier in (self.residency.memory, self.residency.parking):
+                    with contextlib.suppress(OSError):  # recovery removes what the index does not know
+                        tier.drop_staged(handle.ino)
+            raise
+        return inode, handle
 
     def release(self, handle: Handle) -> None:
         """The last close of a handle."""

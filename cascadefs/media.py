@@ -181,6 +181,11 @@ def filesystem_magic(folder: Path) -> int:
     return buffer[0] if _libc.statfs(os.fsencode(folder), buffer) == 0 else 0
 
 
+def is_full(folder: Path) -> bool:
+    """Whether the filesystem has no block left for us."""
+    return os.statvfs(folder).f_bavail == 0
+
+
 def lease_is_free(read_only_fd: int) -> bool:
     """Whether no writable descriptor and no writable mapping of the file exists: the sealing rule."""
     try:

@@ -25,6 +25,8 @@ from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
+NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
+
 
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
@@ -142,17 +144,17 @@ class Residency:
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
             await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
+            if self.holder(found.digest) is None:
+                self.memory.place_object(path, found.digest)
+                self.policy.touched(found.digest)
+                self.mark_clean(found.digest)
+            else:
+                media.remove(path)
         except BaseException as e:
             with contextlib.suppress(OSError):
                 media.remove(path)
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.ENOMEM):
+            if isinstance(e, OSError) and e.errno in NO_ROOM:
                 return False  # memory is fuller than we knew: the reader is served from the extents
             raise
-        if self.holder(found.digest) is None:
-            self.memory.place_object(path, found.digest)
-            self.policy.touched(found.digest)
-            self.mark_clean(found.digest)
-        else:
-            media.remove(path)
         self.cold_reads += 1
         return True

@@ -43,26 +43,30 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then."""
         self.settings = settings
-        self.database = Database(settings.store)
         try:
-            identity = self.database.identity
-            memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
-            parking = Parking(settings.store / "parking")
-            cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
-            media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
-            self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
-            self.files = Files(settings, self.database, self.residency)
-            self.recovered = self.database.reserve.lend(partial(recover, self.files))
-            self.database.reserve.fill()
-        except BaseException as e:
-            self.database.close()
-            if isinstance(e, OSError):
-                raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
-            raise
+            self.database = Database(settings.store)
+            try:
+                self._put_together()
+            except BaseException:
+                self.database.close()
+                raise
+        except OSError as e:
+            raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
         self.namespace, self.index = self.files.namespace, self.residency.index
         self.sealer = Sealer(self.files)
         self.mover = Mover(self.files, self.sealer)
         self.streams = Streams(self.files)
+
+    def _put_together(self) -> None:
+        settings, identity = self.settings, self.database.identity
+        memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
+        parking = Parking(settings.store / "parking")
+        cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
+        media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
+        self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
+        self.files = Files(settings, self.database, self.residency)
+        self.recovered = self.database.reserve.lend(partial(recover, self.files))
+        self.database.reserve.fill()
 
     async def run(self) -> None:
         """Seal, flush and evict until cancelled."""
@@ -103,13 +107,8 @@ class Store:
         if known is None:
             home = self.residency.home_for_new()
             mode = stat.S_IFREG | 0o644
-            known = self.namespace.make(parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
-            try:
-                handle = self.files.create_content(known)
-            except OSError:
-                gone = self.database.reserve.lend(partial(self.namespace.unlink, parent, os.fsencode(name)))
-                self.files.forget_if_gone(gone.ino)
-                raise
+            make = partial(self.namespace.make, parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
+            known, handle = self.files.create(make)
         else:
             handle = await self.files.open(known.ino, writable=True, truncate=True)
         try:

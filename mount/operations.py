@@ -318,9 +318,14 @@ class Operations(pyfuse3.Operations):
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Context) -> tuple[Info, Entry]:
         """CREATE: a new file, staged, open for its creator."""
         home = self.store.residency.home_for_new()
-        inode = self._make(parent, name, stat.S_IFREG | (mode & 0o7777 & ~ctx.umask), ctx, home=home)
+        kind = stat.S_IFREG | (mode & 0o7777 & ~ctx.umask)
         try:
-            info = self.handles.add(self.files.create_content(inode), flags)
+            inode, handle = self.files.create(partial(self._make, parent, name, kind, ctx, home=home))
+        except OSError:
+            self._folders_changed(parent)  # the transport may have been told of a change that was rolled back
+            raise
+        try:
+            info = self.handles.add(handle, flags)
         except BaseException:
             gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
             self._gone_name(parent, name, gone.ino)

@@ -103,13 +103,11 @@ static void take_tier(int fd, const char *path) {
 // Count a call; -1 with errno when it is to fail. `count` (may be NULL) is cut for a short transfer.
 static int meet(enum kind kind, enum tier tier, size_t *count) {
     if (!control || tier == NONE || !(control->kinds >> kind & 1) || !(control->tiers >> tier & 1)) return 0;
+    if (control->mode == SHORT && (!count || *count < 2)) return 0;  // there is nothing to cut
     uint64_t at = __atomic_fetch_add(&control->seen, 1, __ATOMIC_SEQ_CST);
     if (at < TRACE_MAX) control->trace[at] = kind << 3 | tier;
     if (control->mode == OFF || (int64_t)at < control->fire_at || (int64_t)at >= control->fire_at + control->fire_count) return 0;
-    if (control->mode == SHORT) {
-        if (!count || *count < 2) return 0;
-        *count = *count >= 1024 ? (*count / 2) & ~(size_t)511 : *count / 2;
-    }
+    if (control->mode == SHORT) *count = *count >= 1024 ? (*count / 2) & ~(size_t)511 : *count / 2;
     __atomic_fetch_add(&control->fired, 1, __ATOMIC_SEQ_CST);
     if (control->mode == DELAY) usleep(control->delay_us);
     if (control->mode != FAIL) return 0;
