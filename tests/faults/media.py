@@ -86,7 +86,7 @@ class Visit:
         self.store.database.connection.execute("PRAGMA wal_autocheckpoint=60")
 
     async def tried(self, work: Callable[[], Awaitable[object]]) -> bool:
-        """Whether an operation succeeded; if not, it failed with the errno of the medium. SQLite keeps none of a failed sync."""
+        """Whether an operation succeeded; if not, it failed with the errno of the medium. SQLite keeps none of a sync."""
         try:
             await work()
         except OSError as e:
