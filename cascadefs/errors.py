@@ -33,6 +33,14 @@ def os_error(code: int, what: object = "") -> OSError:
     return OSError(code, os.strerror(code), os.fsdecode(what) if isinstance(what, bytes) else str(what))
 
 
+class UnreadableCopy(OSError):
+    """The copy that a block is flushed from cannot be read; the extents are not to blame. `bid` is the block."""
+
+    def __init__(self, e: OSError, bid: int) -> None:
+        super().__init__(e.errno, f"a copy cannot be read: {e}")
+        self.bid = bid
+
+
 _ERRNOS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_READONLY: errno.EROFS,

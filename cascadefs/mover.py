@@ -19,7 +19,7 @@ from functools import partial
 import trio
 
 from cascadefs import scheduler
-from cascadefs.errors import CorruptRecord, os_error
+from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
 from cascadefs.files import Files
 from cascadefs.sealing import Sealer
 from cascadefs.tiers.cold import Piece
@@ -41,6 +41,7 @@ class Mover:
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
         self._lock = trio.Lock()
         self._event = trio.Event()
@@ -117,10 +118,13 @@ class Mover:
         """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
         async with self._lock:
             chosen = self._choose(first)
-            pieces, fds = self._pieces(chosen)
+            fds = list[int]()
             try:
-                if pieces:
+                if pieces := self._pieces(chosen, fds):
                     await self._append(pieces)
+                    self.health.worked("cold tier")
+            except UnreadableCopy as e:
+                self._put_off(chosen, first, e)
             except CorruptRecord as e:
                 await self._set_aside(chosen, e)
             except OSError as e:
@@ -129,8 +133,6 @@ class Mover:
             finally:
                 for fd in fds:
                     os.close(fd)
-            if pieces:
-                self.health.worked("cold tier")
             await self._commit(chosen)
             if chosen or self.files.dead:
                 await self._give_back()
@@ -140,9 +142,10 @@ class Mover:
 
     def _choose(self, first: Sequence[int]) -> list[Object]:
         wanted = [found for oid in first if (found := self.index.find_oid(oid)) and not found.durable]
-        chosen, total = list[Object](), 0
+        chosen, total, now = list[Object](), 0, time.monotonic()
         for found in [*wanted, *self.index.dirty(OBJECTS_PER_ROUND)]:
-            if found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
+            late = self._put_off_until.get(found.oid, 0.0) > now and found not in wanted
+            if late or found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
                 continue
             if chosen and total + found.size_bytes > self.files.settings.batch_size:
                 break
@@ -150,9 +153,20 @@ class Mover:
             total += found.size_bytes
         return chosen
 
-    def _pieces(self, objects: Sequence[Object]) -> tuple[list[Piece], list[int]]:
-        """(blocks that have no place yet, each once; descriptors to close), from the copies of the objects."""
-        pieces, fds, seen = list[Piece](), list[int](), set[int]()
+    def _put_off(self, chosen: Sequence[Object], first: Sequence[int], e: UnreadableCopy) -> None:
+        """One copy that cannot be read must not keep the others from the cold tier. Whoever waits for it is told."""
+        for found in chosen:
+            if any(block.bid == e.bid for block in self.index.blocks(found.oid)):
+                if found.oid not in self._put_off_until:
+                    log.error("object %s cannot be flushed yet: %s", found.digest.hex(), e)
+                self._put_off_until[found.oid] = time.monotonic() + BACKOFF_MAX_S
+        self.last_error = e
+        if any(oid in self._put_off_until for oid in first):
+            raise e
+
+    def _pieces(self, objects: Sequence[Object], fds: list[int]) -> list[Piece]:
+        """Blocks that have no place yet, each once, in the copies of the objects; `fds` gets the descriptors to close."""
+        pieces, seen = list[Piece](), set[int]()
         for found in objects:
             blocks = self.index.blocks(found.oid)
             if all(block.location is not None or block.bid in seen for block in blocks):
@@ -160,14 +174,17 @@ class Mover:
             tier = self.residency.holder(found.digest)
             if tier is None:
                 continue
-            fds.append(tier.open_object(found.digest))
+            try:
+                fds.append(tier.open_object(found.digest))
+            except OSError as e:
+                raise UnreadableCopy(e, blocks[0].bid) from e
             offset = 0
             for block in blocks:
                 if block.location is None and block.bid not in seen:
                     seen.add(block.bid)
                     pieces.append(Piece(block.bid, block.fingerprint, fds[-1], offset, block.length))
                 offset += block.length
-        return pieces, fds
+        return pieces
 
     async def _append(self, pieces: Sequence[Piece]) -> None:
         """Write pieces to the open extent (the next one when it is full) and commit where they lie."""
@@ -220,6 +237,7 @@ class Mover:
                     continue
                 if all(block.location is not None for block in self.index.blocks(found.oid)):
                     self.files.dead += self.index.mark_durable(found.oid)
+                    self._put_off_until.pop(found.oid, None)
                     ready.append(found.digest)
                 elif self.residency.holder(found.digest) is None:
                     log.error("object %s is dirty and has no copy", found.digest.hex())
@@ -286,18 +304,19 @@ class Mover:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
         busy = [ino for ino in self.index.staged_inodes() if not await self.sealer.seal(ino)]
         last = self.index.newest_object()
+        self._put_off_until.clear()
         while self._has_dirty(last):
             await self.flush_batch(())
         for ino in busy:
             if self.files.namespace.find(ino) is not None:
                 await self.fsync(ino)
         await self.sync_index()
-        if self.unflushable:
-            raise os_error(errno.EIO, f"{len(self.unflushable)} damaged objects could not be flushed")
+        if left := len(self.unflushable | self._put_off_until.keys()):
+            raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")
 
     def _has_dirty(self, last: int) -> bool:
-        dirty = self.index.dirty(len(self.unflushable) + 1)
-        return any(found.oid <= last and found.oid not in self.unflushable for found in dirty)
+        left = self.unflushable | self._put_off_until.keys()
+        return any(found.oid <= last and found.oid not in left for found in self.index.dirty(len(left) + 1))
 
 
 def _parts(pieces: Sequence[Piece], limit_bytes: int) -> Iterator[list[Piece]]:

@@ -13,9 +13,13 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from cascadefs.config import MIB, Settings
+from cascadefs.store import Store
+from cascadefs.types import Home
 from tests import faults
 from tests.conftest import Mount, cascadefs, need_root_and_fuse
 from tests.faults.control import FAIL, Control, Fault
@@ -68,6 +72,36 @@ def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(base, s
         assert sum(result["visited"] for result in results) == results[0]["sites"] == results[1]["sites"]
     if name == "slow":
         assert set(results[0]["meets"]) >= MUST_MEET
+
+
+# --- one copy that cannot be read
+
+
+async def test_one_unreadable_copy_does_not_keep_others_from_the_cold_tier(tmp_path):
+    (tmp_path / "shm").mkdir()
+    store = Store(Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB))
+    try:
+        with mock.patch.object(store.residency, "home_for_new", lambda: Home.COLD):
+            await store.put("bad", b"bad" * 5000)
+        for i in range(5):
+            await store.put(f"good{i}", bytes([i]) * 5000)
+            assert await store.sealer.seal(store.find(f"good{i}").ino)
+        assert await store.sealer.seal(store.find("bad").ino)
+        (copy,) = (tmp_path / "store" / "parking" / "objects").iterdir()
+        kept = copy.read_bytes()
+        os.truncate(copy, 100)  # reads end too early: EIO
+        with pytest.raises(OSError, match="could not be flushed"):
+            await store.flush()
+        assert all(store.index.object(store.find(f"good{i}").oid).durable for i in range(5))
+        with pytest.raises(OSError, match="cannot be read"):
+            await store.mover.fsync(store.find("bad").ino)
+        copy.write_bytes(kept)
+        await store.flush()
+        assert await store.get("bad") == kept
+    finally:
+        store.close()
+        for folder in (tmp_path / "shm").iterdir():
+            subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 # --- the background, and a real mount

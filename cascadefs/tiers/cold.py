@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cascadefs import media
 from cascadefs.config import MIB
-from cascadefs.errors import CorruptRecord
+from cascadefs.errors import CorruptRecord, UnreadableCopy
 from cascadefs.ext import hashing
 from cascadefs.record import (
     ALIGN,
@@ -104,7 +104,11 @@ class ColdTier:
         view, at, locations = memoryview(data), 0, []
         for piece in batch:
             payload = view[at + HEADER_BYTES : at + HEADER_BYTES + piece.length]
-            if hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret) != piece.fingerprint:
+            try:
+                found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret)
+            except OSError as e:
+                raise UnreadableCopy(e, piece.bid) from e
+            if found != piece.fingerprint:
                 raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
             header = encode_record_header(RecordHeader(piece.fingerprint, piece.length, position + at))
             view[at : at + HEADER_BYTES] = header

@@ -10,6 +10,7 @@ reported.
 import errno
 import json
 import logging
+import os
 import random
 import shutil
 import sqlite3
@@ -288,7 +289,15 @@ def visit(base: Path, control: Control, fault: Fault, at: int | None) -> str | N
         control.off()
         for folder in (base / "shm").iterdir():
             subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
-    return None
+    left = [name for fd in os.listdir("/proc/self/fd") if str(base) in (name := _target(fd))]
+    return f"descriptors left open: {left}" if left else None
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # the one that listed them
 
 
 def main() -> None:
