@@ -134,17 +134,24 @@ class Files:
         if inode is not None and inode.nlink == 0:
             self.leftover.add(ino)
             if not self.database.connection.in_transaction:
-                self.delete_leftover()
+                self._delete_now(inode)
 
     def delete_leftover(self) -> None:
         """Delete what has neither name nor user; what the medium refuses now is tried again by the mover."""
         for ino in list(self.leftover):
-            try:
-                if (inode := self.namespace.find(ino)) is not None:
-                    self.database.reserve.lend(partial(self.delete, inode))
-            except OSError:  # the database has told health
+            inode = self.namespace.find(ino)
+            if inode is not None and not self._delete_now(inode):
                 return
             self.leftover.discard(ino)
+
+    def _delete_now(self, inode: Inode) -> bool:
+        """Whether the medium let us; it has told health if not."""
+        try:
+            self.database.reserve.lend(partial(self.delete, inode))
+        except OSError:
+            return False
+        self.leftover.discard(inode.ino)
+        return True
 
     def _keep_dead(self) -> Callable[[], None]:
         """Records that a transaction freed are not free when it is rolled back."""
@@ -156,7 +163,8 @@ class Files:
         oids = {oid for oid in (inode.oid, inode.durable_oid) if oid}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
-            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
+            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0)
+            self.dead += self.index.set_fallback(inode.ino, None)
             self.namespace.delete_inode(inode.ino)
         self.to_seal.pop(inode.ino, None)
         if inode.home:

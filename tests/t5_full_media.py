@@ -21,7 +21,7 @@ from cascadefs.config import MIB, Settings
 from cascadefs.store import Store
 from cascadefs.types import Home
 from tests import faults
-from tests.conftest import Mount, cascadefs, need_root_and_fuse
+from tests.conftest import MODES, Mount, cascadefs, need_root_and_fuse
 from tests.faults.control import FAIL, Control, Fault
 from tests.faults.media import FAULTS
 
@@ -122,10 +122,11 @@ def wait_until(done, limit_s=30):
 
 
 @pytest.fixture
-def faulty(shim, tmp_path):
+def faulty(request, shim, tmp_path):
     """(a mount whose daemon runs under the shim, its control)."""
     need_root_and_fuse()
-    mount, control = Mount(tmp_path, "--shm-size", "64MiB"), Control(tmp_path / "control")
+    mode = MODES[getattr(request, "param", "passthrough")]
+    mount, control = Mount(tmp_path, "--shm-size", "64MiB", *mode), Control(tmp_path / "control")
     env = faults.environment(shim, tmp_path, control=tmp_path / "control")
     done = cascadefs("mount", mount.path, "--store", mount.store, *mount.options, env=env)
     assert done.returncode == 0, done.stderr
@@ -144,6 +145,7 @@ def error_of(work):
     return caught.value.errno
 
 
+@pytest.mark.parametrize("faulty", MODES, indirect=True)
 def test_an_index_without_space_refuses_changes_serves_reads_and_comes_back(faulty):
     mount, control = faulty
     (mount.path / "kept").write_bytes(b"kept" * 1000)
