@@ -3,6 +3,7 @@
 TORTURE=1: at every call; else at a sample of them.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -220,6 +221,13 @@ def fill(folder):
     raise AssertionError("the disk was never full")
 
 
+def take_the_rest(path):
+    """Somebody else fills what is left of the disk, to the last block."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 def test_a_disk_that_is_really_full_can_be_emptied_and_goes_on(full_disk):
     mount = full_disk
     kept = fill(mount.path)
@@ -229,12 +237,20 @@ def test_a_disk_that_is_really_full_can_be_emptied_and_goes_on(full_disk):
         return all(hashlib.sha256((mount.path / name).read_bytes()).digest() == digest for name, digest in kept.items())
 
     assert intact()
+    mount.kill()
+    mount.start()  # a full disk opens, too
+    assert intact()
+    take_the_rest(mount.store.parent / "other")
+    assert error_of(lambda: [(mount.path / f"folder{i}").mkdir() for i in range(5000)]) == errno.ENOSPC
+    assert any(line.startswith("index: No space left") for line in mount.status()["trouble"])
+    assert intact()
     for name in list(kept)[: len(kept) // 2]:
         (mount.path / name).unlink()
         del kept[name]
     for path in mount.path.iterdir():
         if path.name not in kept:
-            path.unlink()
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert "its reserve is used" in log_of(mount)
     wait_until(lambda: cascadefs("flush", mount.path).returncode == 0)
     more = {f"more{i}": os.urandom(1 << 20) for i in range(8)}
     for name, data in more.items():
