@@ -1,4 +1,4 @@
-# make mount | umount | build | test | test-clients | lint | bench | clean
+# make mount | umount | build | test | torture | test-clients | lint | bench | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test test-clients lint bench system clean
+.PHONY: mount umount build test torture test-clients lint bench system clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -50,6 +50,10 @@ $(VENV)/.dev: $(VENV)/.built
 
 test: $(VENV)/.dev
 	$(PY) -m pytest
+
+# The long forms: more than 10,000 states after a power loss, a fault at every call of the seam.
+torture: $(VENV)/.dev
+	TORTURE=1 $(PY) -m pytest tests/t5_power_loss.py tests/t5_full_media.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

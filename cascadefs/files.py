@@ -8,22 +8,25 @@ FUSE. Invariants:
 (3) An object's bytes are never written: a writer gets a staged file first.
 """
 
+import contextlib
 import errno
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
-from cascadefs.residency import Residency
-from cascadefs.tiers.files import FileTier, copy_file
+from cascadefs.residency import NO_ROOM, Residency
+from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
@@ -41,6 +44,8 @@ class Files:
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
         self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
+        self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
+        database.undo.append(self._keep_dead)
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
 
     def of(self, ino: int) -> Live:
@@ -67,7 +72,7 @@ class Files:
                 await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
             elif truncate:
-                os.truncate(self.staged_path(inode), 0)
+                media.truncate(self.staged_path(inode), 0)
             return live.enter(await self._source_for(live, inode), writable)
         finally:
             live.lock.release()
@@ -82,8 +87,31 @@ class Files:
     def create_content(self, inode: Inode) -> Handle:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
         point("created")
-        fd = self.residency.tier_of(inode.home).create_staged(inode.ino)
+        fd, home = self._create_staged(inode.ino, Home(inode.home))
+        if home != inode.home:
+            try:
+                self.namespace.update(inode.ino, home=home)
+            except BaseException:
+                os.close(fd)
+                raise
         return self.of(inode.ino).enter(self.sources.take(("staged", inode.ino), lambda: fd), True)
+
+    def create(self, make: Callable[[], Inode]) -> tuple[Inode, Handle]:
+        """A new inode, which `make` inserts, with its empty staged file and the creator's handle: all of it or nothing."""
+        handle = None
+        try:
+            with self.database.transaction():
+                inode = make()
+                handle = self.create_content(inode)
+        except BaseException:
+            if handle is not None and handle.source is not None:
+                del self.live[handle.ino]
+                self.sources.release(handle.source)
+                for tier in (self.residency.memory, self.residency.parking):
+                    with contextlib.suppress(OSError):  # recovery removes what the index does not know
+                        tier.drop_staged(handle.ino)
+            raise
+        return inode, handle
 
     def release(self, handle: Handle) -> None:
         """The last close of a handle."""
@@ -112,15 +140,40 @@ class Files:
             return
         inode = self.namespace.find(ino)
         if inode is not None and inode.nlink == 0:
-            self.delete(inode)
+            self.leftover.add(ino)
+            if not self.database.connection.in_transaction:
+                self._delete_now(inode)
+
+    def delete_leftover(self) -> None:
+        """Delete what has neither name nor user; what the medium refuses now is tried again by the mover."""
+        for ino in list(self.leftover):
+            inode = self.namespace.find(ino)
+            if inode is not None and not self._delete_now(inode):
+                return
+            self.leftover.discard(ino)
+
+    def _delete_now(self, inode: Inode) -> bool:
+        """Whether the medium let us; it has told health if not."""
+        try:
+            self.database.reserve.lend(partial(self.delete, inode))
+        except OSError:
+            return False
+        self.leftover.discard(inode.ino)
+        return True
+
+    def _keep_dead(self) -> Callable[[], None]:
+        """Records that a transaction freed are not free when it is rolled back."""
+        before = len(self.dead)
+        return lambda: self.dead.__delitem__(slice(before, None))
 
     def delete(self, inode: Inode) -> None:
         """An inode without name and user goes, and what only it referred to."""
         point("unlinked")
-        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid is not None}
+        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
-            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
+            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0)
+            self.dead += self.index.set_fallback(inode.ino, None)
             self.namespace.delete_inode(inode.ino)
         point("deleted")
         self.to_seal.pop(inode.ino, None)
@@ -146,7 +199,7 @@ class Files:
             return self.sources.share(live.source)
         if inode.home:
             path = self.staged_path(inode)
-            return self.sources.take(("staged", inode.ino), lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return self.sources.take(("staged", inode.ino), lambda: media.open_file(path, os.O_RDONLY))
         digest = self.index.object(inode.oid).digest if inode.oid is not None else b""
         tier = self.residency.holder(digest)
         if tier is None:
@@ -163,22 +216,43 @@ class Files:
         taken: FileTier | None = None
         if found is None or (cut_at == 0 and live.source is None):
             home = self.residency.home_for_new()
-            os.close(self.residency.tier_of(home).create_staged(inode.ino))
+            fd, home = self._create_staged(inode.ino, home)
+            os.close(fd)
         elif (taken := await self._take_over(live, inode, found)) is not None:
             home = self.residency.home_of(taken)
         else:
             home = await self._stage_copy(inode, found)
-        path = self.residency.tier_of(home).staged_path(inode.ino)
-        if cut_at is not None:
-            os.truncate(path, cut_at)
-        else:
-            os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
-        point("staged")
-        self.dead += self.index.set_content(inode.ino, home, None, inode.size)
+        try:
+            path = self.residency.tier_of(home).staged_path(inode.ino)
+            if cut_at is not None:
+                media.truncate(path, cut_at)
+            else:
+                os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
+            point("staged")
+            self.dead += self.index.set_content(inode.ino, home, None, inode.size)
+        except BaseException:
+            self._unstage(live, inode.ino, home, found)
+            raise
         if found is not None and taken is not None:
             self.residency.drop(taken, found.digest)
         elif found is not None:
             self.residency.tidy([found.digest])
+
+    def _create_staged(self, ino: int, home: Home) -> tuple[int, Home]:
+        """An empty staged file in that home, on the disk when memory refuses it: (read-only descriptor, where it is)."""
+        try:
+            return self.residency.tier_of(home).create_staged(ino), home
+        except OSError as e:
+            if home == Home.COLD or e.errno not in NO_ROOM:
+                raise
+        return self.residency.parking.create_staged(ino), Home.COLD
+
+    def _unstage(self, live: Live, ino: int, home: Home, found: Object | None) -> None:
+        """The transaction of _stage() failed: the inode shows its object as before."""
+        if live.source is not None and found is not None and live.source.key == ("staged", ino):
+            self.sources.rename(live.source, ("object", found.digest))
+        with contextlib.suppress(OSError):  # the name stays, and nothing reads it: the next _stage() replaces it
+            self.residency.tier_of(home).drop_staged(ino)
 
     async def _take_over(self, live: Live, inode: Inode, found: Object) -> FileTier | None:
         """The object's own file becomes the staged one, so that readers of this inode see the writes. None: copy instead.
@@ -209,19 +283,31 @@ class Files:
 
     async def _stage_copy(self, inode: Inode, found: Object) -> Home:
         """A fresh staged file, filled from the best copy."""
-        home = self.residency.home_for_new()
-        path = self.residency.tier_of(home).staged_path(inode.ino)
         holder = self.residency.holder(found.digest)
         if holder is None:
             self.residency.make_room(found.size_bytes)
-            await trio.to_thread.run_sync(self.residency.materialize, self.index.blocks(found.oid), path)
-            return home
+            return await self.fill_staged(inode.ino, partial(self.residency.materialize, self.index.blocks(found.oid)))
         fd = holder.open_object(found.digest)
         try:
-            await trio.to_thread.run_sync(copy_file, fd, path)
+            return await self.fill_staged(inode.ino, partial(media.copy_file, fd))
         finally:
             os.close(fd)
-        return home
+
+    async def fill_staged(self, ino: int, fill: Callable[[str], None]) -> Home:
+        """A staged file that `fill` makes at the path that it is given, in a thread; on the disk when memory refuses it."""
+        home = self.residency.home_for_new()
+        while True:
+            tier = self.residency.tier_of(home)
+            try:
+                await trio.to_thread.run_sync(fill, tier.staged_path(ino))
+            except OSError as e:
+                with contextlib.suppress(OSError):
+                    tier.drop_staged(ino)
+                if home == Home.COLD or e.errno not in NO_ROOM:
+                    raise
+                home = Home.COLD
+            else:
+                return home
 
     async def truncate(self, ino: int, size_bytes: int) -> None:
         """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX."""
@@ -232,7 +318,7 @@ class Files:
             async with live.lock:
                 inode = self.namespace.get(ino)
                 if inode.home:
-                    os.truncate(self.staged_path(inode), size_bytes)
+                    media.truncate(self.staged_path(inode), size_bytes)
                 else:
                     await self._stage(live, inode, size_bytes)
         finally:
@@ -250,7 +336,10 @@ class Files:
         """As attributes(), for a row that was just read."""
         if not inode.home:
             return inode
-        found = os.stat(self.staged_path(inode))
+        try:
+            found = os.stat(self.staged_path(inode))
+        except FileNotFoundError:  # a creation that failed half-way, and whose name could not be taken back
+            return inode
         changed = max(inode.ctime_ns, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)

@@ -4,7 +4,8 @@ Owns: tables objects, object_blocks, blocks, extents and the content columns of 
 (1) objects.refs = number of inodes.oid and inodes.durable_oid that name it; an object with 0 references does not exist
     outside a transaction. blocks.refs = number of object_blocks rows that name it; the same holds.
 (2) An object is durable exactly when each of its blocks has a location and that was committed after the data was synced.
-(3) inodes.durable_oid is what the inode falls back to when memory is lost; it names a durable object or nothing.
+(3) inodes.durable_oid is what the inode falls back to when memory is lost; it names a durable object, EMPTY_OID
+    (no bytes, durable) or nothing (absent).
 (4) extents.live = bytes of the records that blocks point to.
 """
 
@@ -15,7 +16,7 @@ import xxhash
 
 from cascadefs.database import Database
 from cascadefs.record import record_bytes
-from cascadefs.types import Block, Home, Location, Object
+from cascadefs.types import EMPTY_OID, Block, Home, Location, Object
 
 _OBJECT = "oid, digest, size, durable"
 
@@ -164,7 +165,7 @@ class Index:
     def set_content(self, ino: int, home: Home, oid: int | None, size_bytes: int, keep_fallback: bool = True) -> list[Location]:
         """Point an inode at staged bytes (`home`), an object, or nothing. Returns the records that died.
 
-        The durable fallback stays until the new content is durable, unless `keep_fallback` is false.
+        The durable fallback stays until the new content is durable. Without `keep_fallback` it becomes the empty content.
         """
         with self._database.transaction():
             row = self._db.execute("SELECT oid, durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
@@ -177,11 +178,11 @@ class Index:
             if oid is not None and self.object(oid).durable:
                 dead += self.set_fallback(ino, oid)
             elif not keep_fallback:
-                dead += self.set_fallback(ino, None)
+                dead += self.set_fallback(ino, EMPTY_OID)
         return dead
 
     def set_fallback(self, ino: int, oid: int | None) -> list[Location]:
-        """Make a durable object (or nothing) what the inode falls back to."""
+        """Make a durable object (or EMPTY_OID) what the inode falls back to."""
         with self._database.transaction():
             row = self._db.execute("SELECT durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
             if row is None or row[0] == oid:

@@ -20,7 +20,7 @@ import trio
 
 from cascadefs import scheduler
 from cascadefs.crash import point
-from cascadefs.errors import CorruptRecord, os_error
+from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
 from cascadefs.files import Files
 from cascadefs.sealing import Sealer
 from cascadefs.tiers.cold import Piece
@@ -28,7 +28,7 @@ from cascadefs.types import Location, Object
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
-BACKOFF_S = 1.0  # after an error of the cold tier's medium
+BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 
 
@@ -38,9 +38,12 @@ class Mover:
     def __init__(self, files: Files, sealer: Sealer) -> None:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
+        self.health = files.database.health
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
+        self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
         self._lock = trio.Lock()
         self._event = trio.Event()
         files.wake = self._wake
@@ -56,19 +59,16 @@ class Mover:
             nursery.start_soon(self._keep_room)
 
     async def _forever(self, work: Callable[[], Awaitable[bool]]) -> None:
-        """Rounds while there is work; else sleep until woken, or a little."""
+        """Rounds while there is work; else sleep until woken, or a little. Errors are tried again, later and later."""
+        pause = BACKOFF_S
         while True:
             try:
                 busy = await work()
-            except OSError as e:
-                log.error("%s", e, exc_info=True)
-                self.last_error = e
-                await trio.sleep(BACKOFF_S)
-                continue
+                pause = BACKOFF_S
             except Exception as e:  # background work must not end the mount; the next round starts afresh
-                log.exception("background work failed")
-                self.last_error = os_error(errno.EIO, repr(e))
-                await trio.sleep(BACKOFF_S)
+                self._remember(e)
+                await trio.sleep(pause)
+                pause = min(2 * pause, BACKOFF_MAX_S)
                 continue
             if busy:
                 await trio.lowlevel.checkpoint()
@@ -78,6 +78,16 @@ class Mover:
                 with trio.move_on_after(1):
                     await self._event.wait()
                 self._event = trio.Event()
+
+    def _remember(self, e: Exception) -> None:
+        """An error of a medium is one line when it begins; anything else is a fault of ours and logged in full."""
+        if isinstance(e, OSError):
+            if str(e) != str(self.last_error):
+                log.error("%s", e)
+            self.last_error = e
+        else:
+            log.exception("background work failed")
+            self.last_error = os_error(errno.EIO, repr(e))
 
     async def _seal_round(self) -> bool:
         return await self.sealer.seal_due() > 0
@@ -109,25 +119,34 @@ class Mover:
         """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
         async with self._lock:
             chosen = self._choose(first)
-            pieces, fds = self._pieces(chosen)
+            fds = list[int]()
             try:
-                if pieces:
+                if pieces := self._pieces(chosen, fds):
                     await self._append(pieces)
+                    self.health.worked("cold tier")
+            except UnreadableCopy as e:
+                self._put_off(chosen, first, e)
             except CorruptRecord as e:
                 await self._set_aside(chosen, e)
+            except OSError as e:
+                self.health.failed("cold tier", e)
+                raise
             finally:
                 for fd in fds:
                     os.close(fd)
             await self._commit(chosen)
             if chosen or self.files.dead:
                 await self._give_back()
+            self.files.delete_leftover()
+            self.files.database.reserve.fill()
         return len(chosen)
 
     def _choose(self, first: Sequence[int]) -> list[Object]:
         wanted = [found for oid in first if (found := self.index.find_oid(oid)) and not found.durable]
-        chosen, total = list[Object](), 0
+        chosen, total, now = list[Object](), 0, time.monotonic()
         for found in [*wanted, *self.index.dirty(OBJECTS_PER_ROUND)]:
-            if found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
+            late = self._put_off_until.get(found.oid, 0.0) > now and found not in wanted
+            if late or found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
                 continue
             if chosen and total + found.size_bytes > self.files.settings.batch_size:
                 break
@@ -135,9 +154,20 @@ class Mover:
             total += found.size_bytes
         return chosen
 
-    def _pieces(self, objects: Sequence[Object]) -> tuple[list[Piece], list[int]]:
-        """(blocks that have no place yet, each once; descriptors to close), from the copies of the objects."""
-        pieces, fds, seen = list[Piece](), list[int](), set[int]()
+    def _put_off(self, chosen: Sequence[Object], first: Sequence[int], e: UnreadableCopy) -> None:
+        """One copy that cannot be read must not keep the others from the cold tier. Whoever waits for it is told."""
+        for found in chosen:
+            if any(block.bid == e.bid for block in self.index.blocks(found.oid)):
+                if found.oid not in self._put_off_until:
+                    log.error("object %s cannot be flushed yet: %s", found.digest.hex(), e)
+                self._put_off_until[found.oid] = time.monotonic() + BACKOFF_MAX_S
+        self.last_error = e
+        if any(oid in self._put_off_until for oid in first):
+            raise e
+
+    def _pieces(self, objects: Sequence[Object], fds: list[int]) -> list[Piece]:
+        """Blocks that have no place yet, each once, in the copies of the objects; `fds` gets the descriptors to close."""
+        pieces, seen = list[Piece](), set[int]()
         for found in objects:
             blocks = self.index.blocks(found.oid)
             if all(block.location is not None or block.bid in seen for block in blocks):
@@ -145,14 +175,17 @@ class Mover:
             tier = self.residency.holder(found.digest)
             if tier is None:
                 continue
-            fds.append(tier.open_object(found.digest))
+            try:
+                fds.append(tier.open_object(found.digest))
+            except OSError as e:
+                raise UnreadableCopy(e, blocks[0].bid) from e
             offset = 0
             for block in blocks:
                 if block.location is None and block.bid not in seen:
                     seen.add(block.bid)
                     pieces.append(Piece(block.bid, block.fingerprint, fds[-1], offset, block.length))
                 offset += block.length
-        return pieces, fds
+        return pieces
 
     async def _append(self, pieces: Sequence[Piece]) -> None:
         """Write pieces to the open extent (the next one when it is full) and commit where they lie."""
@@ -208,30 +241,39 @@ class Mover:
                     continue
                 if all(block.location is not None for block in self.index.blocks(found.oid)):
                     self.files.dead += self.index.mark_durable(found.oid)
+                    self._put_off_until.pop(found.oid, None)
                     ready.append(found.digest)
                 elif self.residency.holder(found.digest) is None:
                     log.error("object %s is dirty and has no copy", found.digest.hex())
                     self.unflushable.add(found.oid)
         point("durable")
-        if ready:
-            await trio.to_thread.run_sync(self.files.database.sync)
-        for digest in ready:
+        self._placed |= dict.fromkeys(ready)
+        if not self._placed:
+            return
+        await self.sync_index()
+        synced, self._placed = list(self._placed), {}
+        for digest in synced:
             if (durable := self.index.find(digest)) is not None and durable.durable:
                 self.residency.mark_clean(digest)
-        self.residency.tidy(ready)
+        self.residency.tidy(synced)
+
+    async def sync_index(self) -> None:
+        """Every transaction so far survives a loss of power afterwards."""
+        self.files.database.renew()
+        await trio.to_thread.run_sync(self.files.database.sync)
 
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
-        dead, self.files.dead = self.files.dead, []
-        gone = self.index.dead_extents()
-        if not dead and not gone:
+        count, gone = len(self.files.dead), self.index.dead_extents()
+        if not count and not gone:
             return
-        await trio.to_thread.run_sync(self.files.database.sync)
+        await self.sync_index()
         point("forgotten")
+        dead, self.files.dead[:count] = self.files.dead[:count], []
         await trio.to_thread.run_sync(self._punch, dead)
         for number in gone:
+            self.cold.remove(number)  # before it is forgotten: else an error would leave it for ever
             self.index.forget_extent(number)
-            self.cold.remove(number)
 
     def _punch(self, dead: Sequence[Location]) -> None:
         for location in dead:
@@ -262,24 +304,25 @@ class Mover:
                     self.files.forget_if_gone(holder)
         elif (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
             await self.make_durable(now.oid)
-        await trio.to_thread.run_sync(self.files.database.sync)
+        await self.sync_index()
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
         busy = [ino for ino in self.index.staged_inodes() if not await self.sealer.seal(ino)]
         last = self.index.newest_object()
+        self._put_off_until.clear()
         while self._has_dirty(last):
             await self.flush_batch(())
         for ino in busy:
             if self.files.namespace.find(ino) is not None:
                 await self.fsync(ino)
-        await trio.to_thread.run_sync(self.files.database.sync)
-        if self.unflushable:
-            raise os_error(errno.EIO, f"{len(self.unflushable)} damaged objects could not be flushed")
+        await self.sync_index()
+        if left := len(self.unflushable | self._put_off_until.keys()):
+            raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")
 
     def _has_dirty(self, last: int) -> bool:
-        dirty = self.index.dirty(len(self.unflushable) + 1)
-        return any(found.oid <= last and found.oid not in self.unflushable for found in dirty)
+        left = self.unflushable | self._put_off_until.keys()
+        return any(found.oid <= last and found.oid not in left for found in self.index.dirty(len(left) + 1))
 
 
 def _parts(pieces: Sequence[Piece], limit_bytes: int) -> Iterator[list[Piece]]:

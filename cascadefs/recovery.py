@@ -4,16 +4,19 @@ Owns: the rules of falling back. Runs once, before anything else uses the store;
 (1) Afterwards every staged inode has its file, every dirty object a copy, no file in a tier is unknown to the index.
 (2) A content that is gone is replaced by the durable version before it; a file that never had one is absent.
 (3) Nothing that could still be read is removed.
+(4) After a loss of power a staged file in parking is gone, whatever its bytes: nothing can tell whether they are whole. A
+    parked copy of an object is kept when its fingerprints say so.
 """
 
 import logging
 import os
 from dataclasses import dataclass
 
+from cascadefs.ext import hashing
 from cascadefs.files import Files
 from cascadefs.namespace import HOLDER
 from cascadefs.tiers.files import FileTier
-from cascadefs.types import Home, Inode, Object
+from cascadefs.types import EMPTY_OID, Home, Inode, Object
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +49,15 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
     for tier in (files.residency.memory, files.residency.parking):
         _drop_unknown(files, tier, result)
     files.residency.take_copies(files.index.digests())
+    files.residency.parking.trust()
     if result.fallen_back or result.absent:
         log.warning("memory was lost: %d files fell back to an older version, %d are absent", result.fallen_back, result.absent)
     return result
 
 
 def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
-    if os.path.exists(files.staged_path(inode)):
+    lost = inode.home == Home.COLD and not files.residency.parking.survived
+    if not lost and os.path.exists(files.staged_path(inode)):
         files.to_seal[inode.ino] = 0.0
         result.staged += 1
     else:
@@ -61,7 +66,7 @@ def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
 
 def _check_dirty(files: Files, found: Object, result: Recovered) -> None:
     tier = files.residency.holder(found.digest)
-    if tier is not None and os.stat(tier.object_path(found.digest)).st_size == found.size_bytes:
+    if tier is not None and _is_whole(files, tier, found):
         return
     if tier is not None:
         files.residency.drop(tier, found.digest)
@@ -69,11 +74,34 @@ def _check_dirty(files: Files, found: Object, result: Recovered) -> None:
         _fall_back(files, files.namespace.get(ino), result)
 
 
+def _is_whole(files: Files, tier: FileTier, found: Object) -> bool:
+    """By its size where writes cannot have been lost, else by its blocks."""
+    if tier is files.residency.memory or files.residency.parking.survived:
+        return os.stat(tier.object_path(found.digest)).st_size == found.size_bytes
+    fd, secret, at = tier.open_object(found.digest), files.database.identity.secret, 0
+    buffer = memoryview(bytearray(files.index.block_bytes))
+    try:
+        if os.fstat(fd).st_size != found.size_bytes:
+            return False
+        for block in files.index.blocks(found.oid):
+            if hashing.read_fingerprint(fd, at, buffer[: block.length], secret) != block.fingerprint:
+                return False
+            at += block.length
+        return True
+    finally:
+        os.close(fd)
+
+
 def _fall_back(files: Files, inode: Inode, result: Recovered) -> None:
     if inode.durable_oid is None:
         files.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
         files.namespace.remove_all_names(inode.ino)
         result.absent += 1
+        return
+    if inode.durable_oid == EMPTY_OID:
+        files.index.set_content(inode.ino, Home.NONE, None, 0)
+        files.namespace.update(inode.ino, blocks=0)
+        result.fallen_back += 1
         return
     durable = files.index.object(inode.durable_oid)
     files.index.set_content(inode.ino, Home.NONE, durable.oid, durable.size_bytes)

@@ -7,13 +7,14 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import trio
 
-from cascadefs import scheduler
+from cascadefs import media, scheduler
 from cascadefs.crash import point
 from cascadefs.index import Index
 from cascadefs.live import Sources
@@ -22,15 +23,18 @@ from cascadefs.record import align_up
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
+
+NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
     def __init__(
-        self, index: Index, memory: ShmTier, parking: FileTier, cold: ColdTier, policy: EvictionPolicy, sources: Sources
+        self, index: Index, memory: ShmTier, parking: Parking, cold: ColdTier, policy: EvictionPolicy, sources: Sources
     ) -> None:
         self.index, self.memory, self.parking, self.cold = index, memory, parking, cold
         self.policy, self.sources = policy, sources
@@ -122,14 +126,14 @@ class Residency:
 
     def materialize(self, blocks: Sequence[Block], path: str) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             offset, holes = 0, set[bytes]()
             for block in blocks:
                 if block.fingerprint not in holes and not self._copy_block(block, fd, offset):
                     holes.add(block.fingerprint)
                 offset += block.length
-            os.ftruncate(fd, offset)
+            media.truncate(fd, offset)
         finally:
             os.close(fd)
 
@@ -140,9 +144,7 @@ class Residency:
         try:
             if not payload[0] and payload == bytes(block.length):
                 return False
-            done = 0
-            while done < block.length:
-                done += os.pwrite(fd, payload[done:], offset + done)
+            media.write_fully(fd, payload, offset)
             return True
         finally:
             payload.release()
@@ -157,16 +159,18 @@ class Residency:
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
             await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            point("promoted")
+            if self.holder(found.digest) is None:
+                self.memory.place_object(path, found.digest)
+                self.policy.touched(found.digest)
+                self.mark_clean(found.digest)
+            else:
+                media.remove(path)
+        except BaseException as e:
+            with contextlib.suppress(OSError):
+                media.remove(path)
+            if isinstance(e, OSError) and e.errno in NO_ROOM:
+                return False  # memory is fuller than we knew: the reader is served from the extents
             raise
-        point("promoted")
-        if self.holder(found.digest) is None:
-            self.memory.place_object(path, found.digest)
-            self.policy.touched(found.digest)
-            self.mark_clean(found.digest)
-        else:
-            os.unlink(path)
         self.cold_reads += 1
         return True

@@ -18,6 +18,7 @@ from itertools import islice
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import FILE_BYTES_MAX
 from cascadefs.crash import point
 from cascadefs.errors import os_error
@@ -26,9 +27,8 @@ from cascadefs.files import Files
 from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
-from cascadefs.tiers.cold import lease_is_free
-from cascadefs.tiers.files import FileTier, copy_file
-from cascadefs.types import Block, Home, Inode, Object
+from cascadefs.tiers.files import FileTier
+from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object
 
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
@@ -68,10 +68,10 @@ class Sealer:
 
     async def _seal_locked(self, live: Live, inode: Inode) -> bool:
         tier = self.residency.tier_of(inode.home)
-        fd = os.open(tier.staged_path(inode.ino), os.O_RDONLY | os.O_CLOEXEC)
+        fd = media.open_file(tier.staged_path(inode.ino), os.O_RDONLY)
         try:
             state = os.fstat(fd)
-            if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
+            if state.st_size > FILE_BYTES_MAX or not media.lease_is_free(fd):
                 return False
             point("leased")
             content = await self._content(fd, state.st_size, tier is self.residency.memory)
@@ -130,12 +130,18 @@ class Sealer:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
             point("adopted")
-        with files.database.transaction():
-            oid = self._object_of(content).oid if content.size_bytes else None
-            files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
-            changed = max(inode.ctime_ns, state.st_mtime_ns)
-            blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
-            files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+        try:
+            with files.database.transaction():
+                oid = self._object_of(content).oid if content.size_bytes else None
+                keep = oid is not None
+                files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=keep)
+                changed = max(inode.ctime_ns, state.st_mtime_ns)
+                blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
+                files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+        except BaseException:
+            if adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
+                self.residency.drop(tier, content.digest)
+            raise
         point("sealed")
         tier.drop_staged(inode.ino)
         if live.source is not None and adopted:
@@ -170,13 +176,16 @@ class Sealer:
             raise os_error(errno.EFBIG, f"inode {ino}")
         namespace = self.files.namespace
         holder = namespace.make_holder(ORPHAN_MODE, self.residency.home_for_new())
-        tier = self.residency.tier_of(holder.home)
-        source = os.open(self.files.staged_path(inode), os.O_RDONLY | os.O_CLOEXEC)
+        source = media.open_file(self.files.staged_path(inode), os.O_RDONLY)
         live = self.files.of(holder.ino)
         try:
             async with live.lock:
-                await trio.to_thread.run_sync(copy_file, source, tier.staged_path(holder.ino))
-                fd = os.open(tier.staged_path(holder.ino), os.O_RDONLY | os.O_CLOEXEC)
+                home = await self.files.fill_staged(holder.ino, partial(media.copy_file, source))
+                if home != holder.home:
+                    namespace.update(holder.ino, home=home)
+                    holder = namespace.get(holder.ino)
+                tier = self.residency.tier_of(home)
+                fd = media.open_file(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
                     self._show_object(live, holder, tier, state, await self._content(fd, state.st_size, False))
@@ -194,7 +203,7 @@ class Sealer:
         files = self.files
         found = files.namespace.get(holder)
         with files.database.transaction():
-            files.dead += self.index.set_fallback(ino, found.oid)
+            files.dead += self.index.set_fallback(ino, EMPTY_OID if found.oid is None else found.oid)
             now = files.namespace.find(ino)
             if now is not None and now.home:
                 files.namespace.update(ino, size=files.with_staged(now).size)
@@ -212,7 +221,12 @@ class Sealer:
         done = 0
         for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
             self.files.to_seal.pop(ino, None)
-            if await self.seal(ino):
+            try:
+                sealed = await self.seal(ino)
+            except BaseException:
+                self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+                raise
+            if sealed:
                 done += 1
             elif (live := self.files.live.get(ino)) is None or not live.writers:
                 self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)

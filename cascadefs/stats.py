@@ -35,6 +35,7 @@ def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
         "pending_bytes": totals["dirty_bytes"] + sum(blocks * 512 for _, _, blocks, _ in staged),
         "tiers": tiers(store, totals, staged),
         "damaged_objects": len(store.mover.unflushable),
+        "trouble": store.database.health.lines(),
         "last_error": str(store.mover.last_error) if store.mover.last_error else None,
     }
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import trio
 
+from cascadefs import media
 from cascadefs.config import Settings
 from cascadefs.database import Database
-from cascadefs.errors import os_error
+from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Sources
@@ -28,7 +29,7 @@ from cascadefs.residency import Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
 from cascadefs.tiers.cold import ColdTier
-from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Inode
 
@@ -46,22 +47,30 @@ class Store:
         first_ino: lower numbers may be known to that kernel for inodes that are gone.
         """
         self.settings = settings
-        self.database = Database(settings.store, claim_fd)
         try:
-            identity = self.database.identity
-            memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
-            parking = FileTier(settings.store / "parking")
-            cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
-            self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
-            self.files = Files(settings, self.database, self.residency, first_ino)
-            self.recovered = recover(self.files, keep_orphans)
-        except BaseException:
-            self.database.close()
-            raise
+            self.database = Database(settings.store, claim_fd)
+            try:
+                self._put_together(keep_orphans, first_ino)
+            except BaseException:
+                self.database.close()
+                raise
+        except OSError as e:
+            raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
         self.namespace, self.index = self.files.namespace, self.residency.index
         self.sealer = Sealer(self.files)
         self.mover = Mover(self.files, self.sealer)
         self.streams = Streams(self.files)
+
+    def _put_together(self, keep_orphans: bool, first_ino: int) -> None:
+        settings, identity = self.settings, self.database.identity
+        memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
+        parking = Parking(settings.store / "parking")
+        cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
+        media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
+        self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
+        self.files = Files(settings, self.database, self.residency, first_ino)
+        self.recovered = self.database.reserve.lend(partial(recover, self.files, keep_orphans))
+        self.database.reserve.fill()
 
     async def run(self) -> None:
         """Seal, flush and evict until cancelled."""
@@ -102,8 +111,8 @@ class Store:
         if known is None:
             home = self.residency.home_for_new()
             mode = stat.S_IFREG | 0o644
-            known = self.namespace.make(parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
-            handle = self.files.create_content(known)
+            make = partial(self.namespace.make, parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
+            known, handle = self.files.create(make)
         else:
             handle = await self.files.open(known.ino, writable=True, truncate=True)
         try:

@@ -12,6 +12,9 @@ class Home(IntEnum):
     COLD = 2
 
 
+EMPTY_OID = 0  # as durable_oid: the inode falls back to no bytes at all. No object has this number: they count from 1
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
     """Where a record starts: extent number, byte offset of its header, payload length in bytes."""

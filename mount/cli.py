@@ -270,6 +270,8 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         counts = [str(tier.get(key, "")) for key in ("objects", "hits", "misses", "extents")]
         table.add_row(name, *sizes, *counts)
     Console().print(table)
+    for line in found["trouble"]:
+        click.echo(f"trouble: {line}")
     if found["last_error"]:
         click.echo(f"last error: {found['last_error']}")
 

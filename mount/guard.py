@@ -7,12 +7,14 @@ raises FUSEError or is cancelled, nothing else; what was not expected is logged 
 import errno
 import functools
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import pyfuse3
 
 from cascadefs.crash import point
+from cascadefs.errors import from_sqlite
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -28,9 +30,13 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
         except pyfuse3.FUSEError:
             raise
         except OSError as e:
-            if e.errno in (None, errno.EIO, errno.ENOSPC):
-                log.error("%s: %s", handler.__name__, e, exc_info=True)
+            if e.errno in (None, errno.EIO):  # a full disk is one line in the log, written by health.py
+                log.error("%s: %s", handler.__name__, e)
             raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        except sqlite3.Error as e:
+            found = from_sqlite(e)
+            log.error("%s: %s", handler.__name__, e, exc_info=found is None)
+            raise pyfuse3.FUSEError(found.errno if found and found.errno else errno.EIO) from e
         except Exception as e:
             log.exception("%s failed", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from e

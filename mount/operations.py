@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import pyfuse3
@@ -92,27 +93,41 @@ class Operations(pyfuse3.Operations):
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
         """MKNOD: files, fifos, sockets, devices."""
-        return self._told(self._made(parent, name, ctx) or self._make(parent, name, mode & ~ctx.umask, ctx, rdev=rdev))
+        return self._told(self._made(parent, name, ctx) or self._make_once(parent, name, mode & ~ctx.umask, ctx, rdev=rdev))
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Entry:
         """MKDIR."""
         mode = stat.S_IFDIR | (mode & 0o7777 & ~ctx.umask)
-        return self._told(self._made(parent, name, ctx) or self._make(parent, name, mode, ctx))
+        return self._told(self._made(parent, name, ctx) or self._make_once(parent, name, mode, ctx))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Entry:
         """SYMLINK."""
         made = self._made(parent, name, ctx)
-        return self._told(made or self._make(parent, name, stat.S_IFLNK | 0o777, ctx, target=target))
+        return self._told(made or self._make_once(parent, name, stat.S_IFLNK | 0o777, ctx, target=target))
 
     def _made(self, parent: int, name: bytes, ctx: Context) -> Inode | None:
         """What an earlier worker made for this very request."""
         return self.names.lookup(parent, name) if self.once.is_done(ctx) else None
 
+    def _make_once(
+        self, parent: int, name: bytes, mode: int, ctx: Context, rdev: int = 0, target: bytes | None = None
+    ) -> Inode:
+        with self.once.operation(ctx, parent) as op:
+            return self._make(parent, name, mode, ctx, op, rdev, target)
+
     def _make(
-        self, parent: int, name: bytes, mode: int, ctx: Context, rdev: int = 0, target: bytes | None = None, home: int = 0
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        ctx: Context,
+        op: int,
+        rdev: int = 0,
+        target: bytes | None = None,
+        home: int = 0,
     ) -> Inode:
         _refuse_virtual(parent)
-        with self._new_name(parent, name), self.once.operation(ctx, parent) as op:
+        with self._new_name(parent, name):
             made, folder = self.names.make_in(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home, op)
         self.transport.set_attributes(parent, getattr_answer(folder))
         return made
@@ -162,6 +177,7 @@ class Operations(pyfuse3.Operations):
             for ino, times in forgotten:
                 self._forget(ino, times)
         self.transport.events_done()
+        self.files.delete_leftover()
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
@@ -184,7 +200,7 @@ class Operations(pyfuse3.Operations):
         if self.once.is_done(ctx):
             return
         with self.once.operation(ctx, parent) as op:
-            gone = self.names.unlink(parent, name, op).ino
+            gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name, op)).ino
         self._gone_name(parent, name, gone)
 
     async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -193,7 +209,7 @@ class Operations(pyfuse3.Operations):
         if self.once.is_done(ctx):
             return
         with self.once.operation(ctx, parent) as op:
-            gone = self.names.rmdir(parent, name, op).ino
+            gone = self.store.database.reserve.lend(partial(self.names.rmdir, parent, name, op)).ino
         self.transport.drop_attributes(gone)
         self._gone_name(parent, name, gone)
 
@@ -259,7 +275,7 @@ class Operations(pyfuse3.Operations):
         if fh == virtual.FOLDER:
             await self.store.flush()
         else:
-            await trio.to_thread.run_sync(self.store.database.sync)
+            await self.store.mover.sync_index()
 
     # --- attributes
 
@@ -353,11 +369,18 @@ class Operations(pyfuse3.Operations):
             info = self.handles.add(await self.files.open(made.ino, True), flags, request)
             return info, self._told(made)
         home = self.store.residency.home_for_new()
-        inode = self._make(parent, name, stat.S_IFREG | (mode & 0o7777 & ~ctx.umask), ctx, home=home)
+        kind = stat.S_IFREG | (mode & 0o7777 & ~ctx.umask)
         try:
-            info = self.handles.add(self.files.create_content(inode), flags, request)
+            with self.once.operation(ctx, parent) as op:
+                inode, handle = self.files.create(partial(self._make, parent, name, kind, ctx, op, home=home))
+        except OSError:
+            self._folders_changed(parent)  # the transport may have been told of a change that was rolled back
+            raise
+        try:
+            info = self.handles.add(handle, flags, request)
         except BaseException:
-            self._gone_name(parent, name, self.names.unlink(parent, name).ino)
+            gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
+            self._gone_name(parent, name, gone.ino)
             raise
         self.files.lookups[inode.ino] = 1
         return info, entry(inode)

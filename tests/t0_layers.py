@@ -10,6 +10,8 @@ ORDER = [
     ["ext"],
     ["errors", "types", "config", "crash"],
     ["record"],
+    ["media", "health"],
+    ["reserve"],
     ["policies", "scheduler", "database"],
     ["namespace", "index"],
     ["tiers"],

@@ -8,10 +8,11 @@ import pytest
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.index import digest_of
+from cascadefs.media import lease_is_free
 from cascadefs.namespace import ROOT
 from cascadefs.policies.lru import Lru
 from cascadefs.scheduler import MemoryState, may_promote, plan_eviction, stage_in_memory
-from cascadefs.tiers.cold import ColdTier, Piece, lease_is_free
+from cascadefs.tiers.cold import ColdTier, Piece
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home
 

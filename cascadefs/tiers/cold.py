@@ -6,8 +6,7 @@ Owns: <store>/extents/*.cfx. Does not know what a block belongs to. Every method
 (3) Nothing is returned by read() whose length, place and fingerprint were not checked.
 """
 
-import errno
-import fcntl
+import contextlib
 import mmap
 import os
 import shutil
@@ -16,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascadefs import media
 from cascadefs.config import MIB
 from cascadefs.crash import point
-from cascadefs.errors import CorruptRecord
+from cascadefs.errors import CorruptRecord, UnreadableCopy
 from cascadefs.ext import hashing
 from cascadefs.record import (
     ALIGN,
     HEADER_BYTES,
     RecordHeader,
-    align_up,
     decode_record_header,
     encode_extent_header,
     encode_footer,
@@ -35,7 +34,6 @@ from cascadefs.types import Location
 
 LUSTRE_MAGIC = 0x0BD00BD0
 WRITE_BYTES = 8 * MIB  # two blocks a write: larger gained nothing on ext4, smaller loses on Lustre
-FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,9 @@ class ColdTier:
     """Extents of one store. `store_id` and `secret` as in store.json."""
 
     def __init__(self, folder: Path, store_id: str, secret: bytes) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        media.make_folder(folder)
         self.folder, self._store_id, self._secret = folder, bytes.fromhex(store_id), secret
-        self.on_lustre = filesystem_magic(folder) == LUSTRE_MAGIC
+        self.on_lustre = media.filesystem_magic(folder) == LUSTRE_MAGIC
 
     def path(self, number: int) -> Path:
         """The file of an extent."""
@@ -64,16 +62,16 @@ class ColdTier:
     def create(self, number: int) -> int:
         """A new extent with its header; returns the size in bytes. A file of that number that nothing knows is replaced."""
         path = self.path(number)
-        path.unlink(missing_ok=True)
+        media.remove(path)
         if self.on_lustre and (lfs := shutil.which("lfs")):
             subprocess.run([lfs, "setstripe", "-c", "16", "-S", "4m", path], check=False, timeout=60, capture_output=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = media.open_file(path, os.O_WRONLY | os.O_CREAT)
         try:
-            os.pwrite(fd, encode_extent_header(self._store_id, number), 0)
-            os.fsync(fd)
+            media.write_fully(fd, encode_extent_header(self._store_id, number), 0)
+            media.sync_file(fd)
         finally:
             os.close(fd)
-        sync_folder(self.folder)
+        media.sync_folder(self.folder)
         return ALIGN
 
     def append(self, number: int, position: int, pieces: Sequence[Piece]) -> tuple[list[tuple[int, Location]], int]:
@@ -81,18 +79,23 @@ class ColdTier:
 
         Bytes past `position` that no index knows (a crash) are cut off first.
         """
-        fd = open_direct(self.path(number), os.O_RDWR)
+        fd = media.open_direct(self.path(number), os.O_RDWR)
         try:
-            os.ftruncate(fd, position)
-            placed = []
-            for batch in _batches(pieces):
-                locations, data = self._pack(number, position, batch)
-                with data:
-                    _write_fully(fd, data, position)
-                position += sum(record_bytes(piece.length) for piece in batch)
-                placed += locations
+            media.truncate(fd, position)
+            placed, start = [], position
+            try:
+                for batch in _batches(pieces):
+                    locations, data = self._pack(number, position, batch)
+                    with data:
+                        media.write_fully(fd, data, position)
+                    position += sum(record_bytes(piece.length) for piece in batch)
+                    placed += locations
+            except OSError:
+                with contextlib.suppress(OSError):
+                    media.truncate(fd, start)  # a full disk gets back at once what a half batch took
+                raise
             point("written")
-            os.fdatasync(fd)
+            media.sync_data(fd)
         finally:
             os.close(fd)
         return placed, position
@@ -103,7 +106,11 @@ class ColdTier:
         view, at, locations = memoryview(data), 0, []
         for piece in batch:
             payload = view[at + HEADER_BYTES : at + HEADER_BYTES + piece.length]
-            if hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret) != piece.fingerprint:
+            try:
+                found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret)
+            except OSError as e:
+                raise UnreadableCopy(e, piece.bid) from e
+            if found != piece.fingerprint:
                 raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
             header = encode_record_header(RecordHeader(piece.fingerprint, piece.length, position + at))
             view[at : at + HEADER_BYTES] = header
@@ -116,11 +123,11 @@ class ColdTier:
     def seal(self, number: int, position: int, records: Sequence[tuple[bytes, int, int]]) -> int:
         """Write the footer at `position`; returns the final size in bytes."""
         footer = encode_footer(number, position, [RecordHeader(f, length, offset) for f, offset, length in records])
-        fd = os.open(self.path(number), os.O_RDWR | os.O_CLOEXEC)
+        fd = media.open_file(self.path(number), os.O_RDWR)
         try:
-            os.ftruncate(fd, position)
-            _write_fully(fd, footer, position)
-            os.fsync(fd)
+            media.truncate(fd, position)
+            media.write_fully(fd, footer, position)
+            media.sync_file(fd)
         finally:
             os.close(fd)
         return position + len(footer)
@@ -129,11 +136,13 @@ class ColdTier:
         """(buffer, view of the payload in it), verified. The caller releases the view, then closes the buffer."""
         buffer = mmap.mmap(-1, record_bytes(at.length))
         try:
-            fd = open_direct(self.path(at.extent), os.O_RDONLY)
+            fd = media.open_direct(self.path(at.extent), os.O_RDONLY)
             try:
-                _read_fully(fd, buffer, at.offset)
+                got = media.read_fully(fd, buffer, at.offset)
             finally:
                 os.close(fd)
+            if got < len(buffer):
+                raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
             header = decode_record_header(buffer[:HEADER_BYTES])
             payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
             expected = RecordHeader(fingerprint, at.length, at.offset)
@@ -148,17 +157,17 @@ class ColdTier:
     def punch(self, at: Location) -> None:
         """Give the space of a dead record back to the filesystem, where it can."""
         try:
-            fd = os.open(self.path(at.extent), os.O_RDWR | os.O_CLOEXEC)
+            fd = media.open_file(self.path(at.extent), os.O_RDWR)
         except FileNotFoundError:
             return  # the whole extent went before
         try:
-            punch_hole(fd, at.offset, record_bytes(at.length))
+            media.punch_hole(fd, at.offset, record_bytes(at.length))
         finally:
             os.close(fd)
 
     def remove(self, number: int) -> None:
         """Delete an extent without live records."""
-        self.path(number).unlink(missing_ok=True)
+        media.remove(self.path(number))
 
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
@@ -176,78 +185,3 @@ def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
         groups[-1].append(piece)
         filled += record_bytes(piece.length)
     return groups
-
-
-def open_direct(path: Path, flags: int) -> int:
-    """Open with O_DIRECT, without where the filesystem refuses it (tmpfs of old kernels)."""
-    try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags | os.O_CLOEXEC)
-
-
-def _write_fully(fd: int, data: "mmap.mmap | bytes", position: int) -> None:
-    view = memoryview(data)
-    try:
-        done = 0
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], position + done)
-    finally:
-        view.release()
-
-
-def _read_fully(fd: int, buffer: mmap.mmap, position: int) -> None:
-    with memoryview(buffer) as view:
-        done = 0
-        while done < len(view):
-            got = os.preadv(fd, [view[done:]], position + done)
-            if got == 0:
-                raise CorruptRecord(f"extent ends at {position + done}")
-            done += got
-            if got % ALIGN and done < len(view):
-                raise CorruptRecord(f"extent ends at {position + done}")
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """fallocate(PUNCH_HOLE | KEEP_SIZE); a filesystem without it keeps the space."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    mode = FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE
-    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) and ctypes.get_errno() != errno.EOPNOTSUPP:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def filesystem_magic(folder: Path) -> int:
-    """f_type of statfs(2): tells Lustre from the rest. Python's statvfs does not carry it."""
-    import ctypes
-
-    buffer = (ctypes.c_long * 32)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    return buffer[0] if libc.statfs(os.fsencode(folder), buffer) == 0 else 0
-
-
-def lease_is_free(read_only_fd: int) -> bool:
-    """Whether no writable descriptor and no writable mapping of the file exists: the sealing rule."""
-    try:
-        fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as e:
-        if e.errno == errno.EAGAIN:
-            return False
-        raise
-    fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return True
-
-
-__all__ = ["ColdTier", "Piece", "align_up", "lease_is_free", "open_direct", "punch_hole", "sync_folder"]

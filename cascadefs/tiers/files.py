@@ -6,10 +6,10 @@ Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invari
 """
 
 import contextlib
-import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+from cascadefs import media
 
 
 class FileTier:
@@ -18,14 +18,14 @@ class FileTier:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for part in (folder, folder / "staged", folder / "objects"):
-            part.mkdir(mode=0o700, exist_ok=True)
+            media.make_folder(part)
         self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
         self.objects: dict[bytes, int] = {}
         for name in os.listdir(self._objects):
             if len(name) == 32:
                 self.objects[bytes.fromhex(name)] = 0  # until Residency.take_copies() tells
             else:
-                os.unlink(f"{self._objects}/{name}")
+                media.remove(f"{self._objects}/{name}")
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
@@ -41,52 +41,45 @@ class FileTier:
 
     def create_staged(self, ino: int) -> int:
         """An empty staged file; returns a read-only descriptor that the caller closes. An old file of that name goes."""
-        path, flags = self.staged_path(ino), os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        path, flags = self.staged_path(ino), os.O_RDONLY | os.O_CREAT | os.O_EXCL
         try:
-            return os.open(path, flags, 0o600)
+            return media.open_file(path, flags)
         except FileExistsError:
-            os.unlink(path)
-            return os.open(path, flags, 0o600)
+            media.remove(path)
+            return media.open_file(path, flags)
 
     def adopt(self, ino: int, digest: bytes) -> None:
         """The staged file gets an object's name as well (no copying). The staged name stays until drop_staged()."""
         path = self.object_path(digest)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        os.link(self.staged_path(ino), path)
+        media.link(self.staged_path(ino), path)
         self.objects[digest] = os.stat(path).st_blocks * 512
 
     def unadopt(self, digest: bytes, ino: int) -> None:
         """The object's file gets a staged name as well. The object name stays until drop()."""
-        path = self.staged_path(ino)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        os.link(self.object_path(digest), path)
+        media.link(self.object_path(digest), self.staged_path(ino))
 
     def drop_staged(self, ino: int) -> None:
         """Remove a staged name; open descriptors stay valid."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.staged_path(ino))
+        media.remove(self.staged_path(ino))
 
     def drop(self, digest: bytes) -> None:
         """Remove the copy of an object; open descriptors stay valid."""
         self.objects.pop(digest, None)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.object_path(digest))
+        media.remove(self.object_path(digest))
 
     def open_object(self, digest: bytes) -> int:
         """A read-only descriptor that the caller closes."""
-        return os.open(self.object_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        return media.open_file(self.object_path(digest), os.O_RDONLY)
 
     def copy_object(self, source_fd: int, digest: bytes) -> None:
         """Make a copy of an open file an object of this tier. Blocks."""
         partial = self.object_path(digest) + ".new"
-        copy_file(source_fd, partial)
+        media.copy_file(source_fd, partial)
         self.place_object(partial, digest)
 
     def place_object(self, path: str, digest: bytes) -> None:
         """A whole file at `path` (same filesystem) becomes the copy of an object."""
-        os.rename(path, self.object_path(digest))
+        media.rename(path, self.object_path(digest))
         self.objects[digest] = os.stat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
@@ -96,36 +89,3 @@ class FileTier:
             with contextlib.suppress(FileNotFoundError):
                 staged += entry.stat().st_blocks * 512
         return staged + sum(self.objects.values())
-
-
-def copy_file(source_fd: int, path: str) -> None:
-    """Copy the bytes of an open file into a new file at `path`; holes stay holes. Blocks."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        size = os.fstat(source_fd).st_size
-        os.ftruncate(fd, size)
-        for start, end in data_ranges(source_fd, size):
-            os.lseek(fd, start, os.SEEK_SET)
-            while start < end:
-                sent = os.sendfile(fd, source_fd, start, min(end - start, 1 << 30))
-                if sent == 0:
-                    break  # it shrank meanwhile: what is missing reads as zeros
-                start += sent
-    finally:
-        os.close(fd)
-
-
-def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of a file that are not holes."""
-    at = 0
-    while at < size_bytes:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as e:
-            if e.errno == errno.ENXIO:
-                return
-            raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, at

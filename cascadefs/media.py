@@ -1,0 +1,198 @@
+"""The seam to the media: every call that changes or syncs a file of the store, or reads one of its extents, is made here.
+
+Owns: complete transfers, and what a sync covers. Knows no format, no index, no tier. SQLite does its own I/O inside libsqlite3:
+of index.db only opening and syncing pass here. All functions block: call them in a thread where a disk may answer slowly.
+Invariants:
+(1) A read is short only at the end of the file; a write is whole or raises OSError with the errno of the medium.
+(2) Offsets stay multiples of ALIGN after a short transfer, so that a descriptor with O_DIRECT can go on.
+(3) A name is durable only after sync_folder() of the folder that holds it; sync_file() does not stand in for that.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cascadefs.record import ALIGN
+
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
+SEND_BYTES = 1 << 30
+MODE = 0o600
+Buffer = memoryview | mmap.mmap | bytes
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# --- descriptors and bytes
+
+
+def open_file(path: Path | str, flags: int) -> int:
+    """A descriptor that the caller closes; a new file is for its owner only."""
+    return os.open(path, flags | os.O_CLOEXEC, MODE)
+
+
+def open_direct(path: Path | str, flags: int) -> int:
+    """As open_file() with O_DIRECT; without it where the filesystem refuses it (tmpfs of old kernels)."""
+    try:
+        return open_file(path, flags | os.O_DIRECT)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        return open_file(path, flags)
+
+
+def read_fully(fd: int, buffer: Buffer, position: int) -> int:
+    """Fill a writable buffer from `position`; the number of bytes, smaller only when the file ends before."""
+    with memoryview(buffer) as view:
+        done = 0
+        while done < len(view):
+            at = done - done % ALIGN
+            with view[at:] as rest:
+                got = os.preadv(fd, [rest], position + at)
+            if at + got <= done:
+                return done
+            done = at + got
+        return done
+
+
+def write_fully(fd: int, data: Buffer, position: int) -> None:
+    """Write all of `data` at `position`."""
+    with memoryview(data) as view:
+        done = 0
+        while done < len(view):
+            at = done - done % ALIGN
+            with view[at:] as rest:
+                put = os.pwrite(fd, rest, position + at)
+            if at + put <= done:
+                raise OSError(errno.EIO, "the medium takes no more bytes and gives no reason")
+            done = at + put
+
+
+def truncate(file: int | Path | str, size_bytes: int) -> None:
+    """Cut or extend a file, by descriptor or by path."""
+    os.truncate(file, size_bytes)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """fallocate(PUNCH_HOLE | KEEP_SIZE); a filesystem without it keeps the space."""
+    mode = FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE
+    if _libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        if code != errno.EOPNOTSUPP:
+            raise OSError(code, os.strerror(code))
+
+
+def allocate(fd: int, size_bytes: int) -> None:
+    """Give a file blocks for that many bytes."""
+    os.posix_fallocate(fd, 0, size_bytes)
+
+
+def copy_file(source_fd: int, path: str) -> None:
+    """Copy the bytes of an open file into a new file at `path`; holes stay holes."""
+    remove(path)
+    fd = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        size = os.fstat(source_fd).st_size
+        truncate(fd, size)
+        for start, end in data_ranges(source_fd, size):
+            os.lseek(fd, start, os.SEEK_SET)
+            while start < end:
+                sent = os.sendfile(fd, source_fd, start, min(end - start, SEND_BYTES))
+                if sent == 0:
+                    break  # it shrank meanwhile: what is missing reads as zeros
+                start += sent
+    finally:
+        os.close(fd)
+
+
+def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a file that are not holes."""
+    at = 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, at
+
+
+# --- names
+
+
+def make_folder(path: Path) -> bool:
+    """A folder for its owner only; whether it is new."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(path: Path | str) -> None:
+    """Unlink a file; no error when there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def rename(old: Path | str, new: Path | str) -> None:
+    """rename(2)."""
+    os.rename(old, new)
+
+
+def link(old: Path | str, new: Path | str) -> None:
+    """A second name; what had the new name before loses it."""
+    remove(new)
+    os.link(old, new)
+
+
+# --- durability
+
+
+def sync_data(fd: int) -> None:
+    """fdatasync: the bytes, and the size that is needed to read them."""
+    os.fdatasync(fd)
+
+
+def sync_file(fd: int) -> None:
+    """fsync."""
+    os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- what the filesystem says
+
+
+def filesystem_magic(folder: Path) -> int:
+    """f_type of statfs(2): tells Lustre from the rest. Python's statvfs does not carry it."""
+    buffer = (ctypes.c_long * 32)()
+    return buffer[0] if _libc.statfs(os.fsencode(folder), buffer) == 0 else 0
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the filesystem has no block left for us."""
+    return os.statvfs(folder).f_bavail == 0
+
+
+def lease_is_free(read_only_fd: int) -> bool:
+    """Whether no writable descriptor and no writable mapping of the file exists: the sealing rule."""
+    try:
+        fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as e:
+        if e.errno == errno.EAGAIN:
+            return False
+        raise
+    fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True

@@ -1,0 +1,66 @@
+"""Power loss: a store opens in every state that a crash can leave, and shows what was promised.
+
+TORTURE=1: more than 10,000 states."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.faults.recorder import MUTANTS
+
+LONG = bool(os.environ.get("TORTURE"))
+SEEDS, STATES = (range(14), 800) if LONG else (range(2), 200)
+WANTED = 10_000 if LONG else 400
+MUTANT_SEEDS, MUTANT_STATES = 8, 400
+# A recording that does not do all of this proves nothing about it.
+MUST_DO = {
+    *("CREATE extents/", "WRITE extents/", "TRUNCATE extents/", "SYNC extents/", "PUNCH extents/", "UNLINK extents/"),
+    *("WRITE parking/staged/", "LINK parking/objects/", "UNLINK parking/objects/", "WRITE parking/boot"),
+    *("WRITE index.db-wal", "SYNC index.db-wal", "UNLINK index.db-wal", "WRITE index.db", "SYNC index.db"),
+    *("WRITE store.", "SYNC store.", "RENAME store.", "MKDIR folder", "SYNC folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    return faults.built_shim(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def base():
+    """In memory: a state is written and opened in about 6 ms there."""
+    folder = Path(tempfile.mkdtemp(prefix="cascadefs-test-", dir="/dev/shm"))
+    yield folder
+    for left in folder.glob("*/shm/*"):
+        subprocess.run(["umount", "-l", left], check=False, capture_output=True)
+    shutil.rmtree(folder)
+
+
+def explored(base, shim, seed, states, mutant="none"):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
+    text = faults.run("power", base / f"{mutant}-{seed}", shim, seed, states, mutant, env=env, limit_s=280)
+    return json.loads(text)
+
+
+def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(base, shim):
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda seed: explored(base, shim, seed, STATES), SEEDS))
+    assert [complaint for result in results for complaint in result["complaints"]] == []
+    assert sum(result["states"] for result in results) >= WANTED
+    assert sum(result["fallen_back"] for result in results) > 0
+    assert set().union(*(result["did"] for result in results)) >= MUST_DO
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_order_of_writing_is_caught(base, shim, mutant):
+    for seed in range(MUTANT_SEEDS):
+        if explored(base, shim, seed, MUTANT_STATES, mutant)["complaints"]:
+            return
+    raise AssertionError(f"no state showed that {mutant} is wrong")
