@@ -35,6 +35,7 @@ DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
 DROP_MEMORY = b"user.cascade.drop-memory"
+VERIFY = b"user.cascade.verify"
 TEXT_HANDLES = 1 << 62  # file handles of .cascade/ count from here
 
 
@@ -297,6 +298,9 @@ class Operations(pyfuse3.Operations):
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
             self.drops_memory = value == b"1"
+            return
+        if (inode, name) == (virtual.FOLDER, VERIFY):
+            self.store.verifier.request()
             return
         _refuse_virtual(inode)
         _refuse_fact(name)
