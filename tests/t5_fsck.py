@@ -136,6 +136,7 @@ async def test_a_flip_in_any_field_of_an_extent_is_found(settings):
     assert checked(settings).exit_code == 0
 
 
+@pytest.mark.timeout(7200)
 async def test_every_byte_of_a_small_store(settings, tmp_path):
     """One bit of each byte of each file (of a sample of them without TORTURE), in a store as kill -9 leaves it."""
     async with opened(settings) as store:
