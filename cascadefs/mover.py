@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
+INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
 class Mover:
@@ -200,7 +201,8 @@ class Mover:
     async def _append(self, pieces: Sequence[Piece], taken: Taken) -> None:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
-            manifest = await trio.to_thread.run_sync(encode, taken.manifest)
+            small = len(taken.manifest.inodes) <= INLINE_INODES
+            manifest = encode(taken.manifest) if small else await trio.to_thread.run_sync(encode, taken.manifest)
             parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
             for part in parts:
                 number, position = await self._open_extent()

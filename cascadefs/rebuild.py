@@ -22,7 +22,7 @@ from cascadefs.errors import StoreError
 from cascadefs.index import digest_of
 from cascadefs.manifest import Listed, Manifest, Told, decode
 from cascadefs.namespace import ROOT
-from cascadefs.record import MANIFEST, record_bytes
+from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
 from cascadefs.scan import Found
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.types import EMPTY_OID, Home
@@ -196,7 +196,7 @@ class Rebuilder:
         lock = claim(self.store)
         try:
             self._scan()
-            self._seal_open_extents()
+            self._seal_extents()
             self.manifests.sort(key=lambda pair: pair[0].seq)
             replay = Replay((manifest for manifest, _ in self.manifests), self.blocks, self.identity.block_bytes)
             tree, homes = self._tree(replay)
@@ -225,20 +225,24 @@ class Rebuilder:
                     self.blocks[record.header.fingerprint, record.header.length] = record
             before += path.stat().st_size
 
-    def _seal_open_extents(self) -> None:
-        """An index that knows the extents only from outside must not append to them: the open one gets its footer."""
+    def _seal_extents(self) -> None:
+        """An index that knows the extents only from outside must not append to them: the open one gets its footer. So does one
+        whose footer lacks a record that is needed again: it was dead when the extent was sealed."""
         cold = ColdTier(self.store / "extents", self.identity.store_id, self.identity.secret)
         found = [*self.blocks.values(), *(record for _, record in self.manifests)]
         for number, path in scan.extents(cold.folder):
             size = path.stat().st_size
             fd = media.open_file(path, os.O_RDONLY)
             try:
-                sealed = scan.sealed_end(fd, size) is not None
+                known = scan.footer(fd, size)
             finally:
                 os.close(fd)
             headers = sorted((r.header for r in found if r.extent == number), key=lambda h: h.offset)
-            listed = [(h.fingerprint, h.offset, h.length) for h in headers]
-            self.sizes[number] = size if sealed else cold.seal(number, -(-max(size, 4096) // 4096) * 4096, listed)
+            if known is not None and known[1] >= {header.offset for header in headers}:
+                self.sizes[number] = size
+                continue
+            end = known[0] if known is not None else align_up(max(size, ALIGN))
+            self.sizes[number] = cold.seal(number, end, [(h.fingerprint, h.offset, h.length) for h in headers])
 
     def _tree(self, replay: Replay) -> tuple[Tree, dict[int, Home]]:
         """The tree, and where the inodes that have staged bytes have them."""
@@ -300,7 +304,11 @@ class Rebuilder:
         folder = self.store / "rebuilding"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        shutil.copyfile(self.store / "store.json", folder / "store.json")
+        fd = media.open_file(folder / "store.json", os.O_WRONLY | os.O_CREAT)
+        try:
+            media.write_fully(fd, (self.store / "store.json").read_bytes(), 0)
+        finally:
+            os.close(fd)
         database = Database(folder)
         try:
             with database.transaction():

@@ -42,14 +42,15 @@ def extents(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in folder.glob("*.cfx") if path.stem.isdigit())
 
 
-def sealed_end(fd: int, size_bytes: int) -> int | None:
-    """Where the footer of a sealed extent starts; None when it has none that is right."""
+def footer(fd: int, size_bytes: int) -> tuple[int, set[int]] | None:
+    """(where the footer of a sealed extent starts, offsets of the records in it); None when it has none that is right."""
     if size_bytes < ALIGN + TAIL_BYTES:
         return None
     tail = decode_tail(_read(fd, size_bytes - TAIL_BYTES, TAIL_BYTES))
     if tail is None or not ALIGN <= tail[0] <= size_bytes - tail[1]:
         return None
-    return tail[0] if decode_footer(_read(fd, tail[0], tail[1])) is not None else None
+    listed = decode_footer(_read(fd, tail[0], tail[1]))
+    return (tail[0], {entry.offset for entry in listed[1]}) if listed is not None else None
 
 
 def records(path: Path, number: int, secret: bytes) -> Iterator[Found | int]:
@@ -57,12 +58,13 @@ def records(path: Path, number: int, secret: bytes) -> Iterator[Found | int]:
     fd = media.open_file(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        end, at = sealed_end(fd, size) or size, ALIGN
+        found, at = footer(fd, size), ALIGN
+        end = found[0] if found is not None else size
         while at < end:
-            found = _record(fd, number, at, end, secret)
-            if found is not None:
-                at += record_bytes(found.header.length)
-                yield found
+            record = _record(fd, number, at, end, secret)
+            if record is not None:
+                at += record_bytes(record.header.length)
+                yield record
             else:
                 at = _next_candidate(fd, at + ALIGN, end)
             yield at

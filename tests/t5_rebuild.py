@@ -6,6 +6,7 @@ import stat
 import pytest
 from stores import flip, opened, unmount_memory, wipe_memory
 
+from cascadefs import fsck
 from cascadefs.config import MIB, Settings
 from cascadefs.manifest import Listed, Manifest, Told, decode, encode
 from cascadefs.namespace import ROOT
@@ -85,6 +86,7 @@ async def test_everything_flushed_comes_back(settings, snapshot):
     lose_index(settings)
     result = rebuild(settings.store, settings.shm_dir, quiet)
     assert result.absent == [] and result.lost_and_found == 0, result
+    assert fsck.run(settings.store, settings.shm_dir, False, lambda *_: None).exit_code == 0
     async with opened(settings) as store:
         assert tree(store) == before
         await all_right(store, contents)
@@ -151,6 +153,20 @@ async def test_bytes_that_only_memory_has_are_kept(settings):
 
 async def _nothing():
     return 0
+
+
+async def test_a_record_that_was_dead_when_its_extent_was_sealed_can_live_again(settings):
+    small = Settings(**{**settings.__dict__, "extent_size": 8 * MIB})
+    async with opened(small) as store:
+        store.mover._give_back = _nothing  # as a process that dies before it punches
+        await store.put("gone", b"deleted, but not yet punched" * 100)
+        await store.flush()
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"gone").ino)
+        await store.put("large", os.urandom(8 * MIB))
+        await store.flush()
+    lose_index(settings)
+    assert rebuild(settings.store, settings.shm_dir, quiet).lost_and_found == 1
+    assert fsck.run(settings.store, settings.shm_dir, False, lambda *_: None).exit_code == 0
 
 
 async def test_the_old_index_is_kept_and_dead_manifests_hold_no_extent(settings):

@@ -90,4 +90,5 @@ class Copies:
 
     def _check_store_folder(self) -> None:
         for name in sorted(set(os.listdir(self.places.store)) - KNOWN):
-            self.report.notes.append(f"{name} in the store's folder is not part of the store")
+            if ".before-" not in name:  # an old index that rebuild-index has kept
+                self.report.notes.append(f"{name} in the store's folder is not part of the store")
