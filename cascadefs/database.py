@@ -248,7 +248,7 @@ class Database:
         try:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             page_bytes = self._page_bytes()
-            found = sums.of_bytes((self.folder / "index.db").read_bytes(), page_bytes)
+            found, _ = sums.of_file(self.folder / "index.db", page_bytes)
             sums.write(self.folder, page_bytes, found)
         except (OSError, sqlite3.OperationalError) as e:
             log.warning("the index has no checksums for now: %s", e)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import struct
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ VERSION = 1
 WAL_HEADER, FRAME_HEADER = 32, 24
 _HEAD = struct.Struct("<4sIIIQ")  # magic, version, page bytes, zeros, number of pages
 _SUM = struct.Struct("<Q")
+CHUNK_PAGES = 8192
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 WAL_MAGIC = 0x377F0682  # the low bit tells the byte order of its checksums
 Sums = npt.NDArray[np.uint64]
@@ -54,6 +56,24 @@ def of_bytes(data: "bytes | memoryview", page_bytes: int) -> Sums:
     if len(sums):
         index_pages.page_sums(data, page_bytes, sums.data)
     return sums
+
+
+def of_file(path: Path, page_bytes: int) -> tuple[Sums, int]:
+    """(sums of the whole pages of a file, its size in bytes); read in pieces, because an index may be large."""
+    parts, size = [np.zeros(0, np.uint64)], 0
+    with path.open("rb", buffering=0) as file:
+        while data := _piece(file, CHUNK_PAGES * page_bytes):
+            parts.append(of_bytes(data, page_bytes))
+            size += len(data)
+    return np.concatenate(parts), size
+
+
+def _piece(file: RawIOBase, size: int) -> bytes:
+    """`size` bytes, fewer only at the end of the file."""
+    data = b""
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
 
 
 @dataclass
@@ -190,14 +210,14 @@ def judge(folder: Path) -> Judgement:
         return Judgement(wal, None, wal.page_bytes, power_was_lost(folder), sums_damaged=path.exists())
     page_bytes, sums = known
     result = Judgement(wal, sums, page_bytes, power_was_lost(folder))
-    data = _bytes(folder / "index.db")
-    actual, in_wal = of_bytes(data, page_bytes), wal.last_frames()
+    actual, size = of_file(folder / "index.db", page_bytes)
+    in_wal = wal.last_frames()
     common = min(len(actual), len(sums))
     differs = np.flatnonzero(actual[:common] != sums[:common]) + 1
     result.bad_pages = [int(page) for page in differs if int(page) not in in_wal]
     wanted = wal.pages_after or len(sums)
     extra = set(range(common + 1, max(len(actual), len(sums)) + 1))
-    result.size_bad = len(data) % page_bytes != 0 or any(page <= wanted and page not in in_wal for page in extra)
+    result.size_bad = size % page_bytes != 0 or any(page <= wanted and page not in in_wal for page in extra)
     result.size_bad |= not wal.committed and len(actual) != len(sums)
     return result
 
