@@ -8,11 +8,14 @@ Owns: the document inside a record of kind MANIFEST. Does no I/O and knows no ta
 
 import json
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 VERSION = 1
 LEVEL = 1  # four times smaller at 100 MB/s; higher levels gain a tenth and cost three times as much
+ROWS = 256  # written at once: about a millisecond
 Pair = tuple[bytes, bytes]
 
 
@@ -64,16 +67,26 @@ def _bytes(text: str | None) -> bytes | None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The payload of the record."""
-    document = {
-        "version": VERSION,
-        "seq": manifest.seq,
-        "snapshot": manifest.snapshot,
-        "inodes": [_row(told) for told in manifest.inodes],
-        "gone": manifest.gone,
-        "objects": [(o.digest.hex(), o.size_bytes, b"".join(o.fingerprints).hex()) for o in manifest.objects],
-    }
-    return zlib.compress(json.dumps(document, separators=(",", ":")).encode(), LEVEL)
+    """The payload of the record. In pieces: json holds the GIL for as long as one call lasts."""
+    packer = zlib.compressobj(LEVEL)
+    parts = [packer.compress(piece.encode()) for piece in _pieces(manifest)]
+    return b"".join(parts) + packer.flush()
+
+
+def _pieces(manifest: Manifest) -> Iterator[str]:
+    head = {"version": VERSION, "seq": manifest.seq, "snapshot": manifest.snapshot, "gone": manifest.gone}
+    yield json.dumps(head)[:-1] + ', "inodes": ['
+    yield from _rows(_row(told) for told in manifest.inodes)
+    yield '], "objects": ['
+    yield from _rows([o.digest.hex(), o.size_bytes, b"".join(o.fingerprints).hex()] for o in manifest.objects)
+    yield "]}"
+
+
+def _rows(rows: Iterable[list[object]]) -> Iterator[str]:
+    source, comma = iter(rows), ""
+    while page := list(islice(source, ROWS)):
+        yield comma + json.dumps(page, separators=(",", ":"))[1:-1]
+        comma = ","
 
 
 def _row(told: Told) -> list[object]:
