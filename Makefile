@@ -51,9 +51,10 @@ $(VENV)/.dev: $(VENV)/.built
 test: $(VENV)/.dev
 	$(PY) -m pytest
 
-# The long forms: more than 10,000 states after a power loss, a fault at every call of the seam.
+# The long forms: more than 10,000 states after a power loss, a fault at every call of the seam,
+# a flipped bit in every byte of a store.
 torture: $(VENV)/.dev
-	TORTURE=1 $(PY) -m pytest tests/t5_power_loss.py tests/t5_full_media.py
+	TORTURE=1 $(PY) -m pytest tests/t5_power_loss.py tests/t5_full_media.py tests/t5_fsck.py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

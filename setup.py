@@ -20,7 +20,7 @@ setup(
                 depends=[str(header) for header in Path("cython_ext").glob("*.pxd")],
                 extra_compile_args=["-O3", "-pthread"],
                 extra_link_args=["-pthread"],
-                libraries=["xxhash"] if kernel.stem == "hashing" else [],
+                libraries=["xxhash"] if kernel.stem in ("hashing", "index_pages") else [],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), ("_GNU_SOURCE", "1")],
             )
             for kernel in KERNELS

@@ -8,6 +8,8 @@ Owns: the connection and the file index.db. Knows no meaning of the rows: namesp
 (4) A transaction that raised has changed nothing and is over, whatever the medium did; what sqlite3 raises is an OSError here.
 (5) After a sync that failed, none succeeds before renew() has written everything again: the kernel reports a lost write once
     and forgets it.
+(6) Only checkpoint() copies the WAL into index.db, and only after index.sums tells the sums that the pages will have.
+(7) A store whose index is damaged is not opened and not touched.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import logging
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cascadefs import media
+import xxhash
+
+from cascadefs import media, sums
 from cascadefs.config import MIB
 from cascadefs.crash import point
 from cascadefs.errors import StoreError, from_sqlite
@@ -37,6 +42,8 @@ FORMAT = 1
 BLOCK_BYTES = 4 * MIB  # a Lustre stripe, and large enough that one record header costs 0.1 %
 SECRET_BYTES = 192
 NO_STORE_YET = ("lost+found", "store.new")  # a folder with nothing else is empty; store.new: a creation that a crash ended
+RETRY_S = 10.0  # after a checkpoint that failed
+WAL_FRAMES = 32000  # checkpoint from here on: 32 MB, read back at an opening in 20 ms
 
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
@@ -64,6 +71,11 @@ CREATE INDEX blocks_fingerprint ON blocks(fingerprint);
 CREATE INDEX blocks_extent ON blocks(extent) WHERE extent IS NOT NULL;
 CREATE TABLE extents(number INTEGER PRIMARY KEY, size INTEGER NOT NULL, live INTEGER NOT NULL, sealed INTEGER NOT NULL);
 """
+# Later than the first stores: made when missing.
+ADDITIONS = """
+CREATE TABLE IF NOT EXISTS manifests(seq INTEGER PRIMARY KEY, extent INTEGER NOT NULL, offset INTEGER NOT NULL,
+  length INTEGER NOT NULL, fingerprint BLOB NOT NULL, snapshot INTEGER NOT NULL);
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +88,7 @@ class StoreIdentity:
 
 
 def claim(folder: Path) -> int:
-    """A descriptor of `folder`, made when missing, that holds its exclusive lock. Raises StoreError."""
+    """A descriptor of `folder`, made when missing, that holds its exclusive lock. StoreError when somebody has it."""
     check_store_folder(folder)
     if media.make_folder(folder):
         media.sync_folder(folder.parent)
@@ -89,33 +101,57 @@ def claim(folder: Path) -> int:
     return fd
 
 
-def _read_identity(path: Path) -> StoreIdentity:
+def read_identity(path: Path) -> StoreIdentity:
+    """What store.json says. StoreError when it is missing, of another format or damaged."""
     try:
-        known = json.loads(path.read_text())
+        text = path.read_text()
+        known = json.loads(text)
         version = known["format"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StoreError(f"{path} cannot be read ({e}); this is no cascadefs store, give another --store") from e
+        raise StoreError(f"{path} cannot be read ({e}); give another --store, or try cascadefs fsck --repair") from e
+    damaged = not identity_is_whole(text)
     if version != FORMAT:
-        raise StoreError(
-            f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}; use a matching version"
-        )
+        what = f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}"
+        if damaged and "sum" in known:
+            raise StoreError(f"{what}; its checksum is wrong, too: run cascadefs fsck --repair {path.parent}")
+        raise StoreError(f"{what}; use a matching version")
+    if damaged:
+        raise StoreError(f"{path} is damaged: its checksum is wrong; run cascadefs fsck --repair {path.parent}")
     return StoreIdentity(known["store_id"], bytes.fromhex(known["secret"]), known["block_bytes"])
+
+
+def identity_text(identity: StoreIdentity) -> str:
+    """What store.json holds: the last key is the XXH3-64 of the same document without it."""
+    known: dict[str, object] = {
+        "format": FORMAT,
+        "store_id": identity.store_id,
+        "secret": identity.secret.hex(),
+        "block_bytes": identity.block_bytes,
+    }
+    return _with_sum(known)
+
+
+def _with_sum(known: dict[str, object]) -> str:
+    return json.dumps({**known, "sum": xxhash.xxh3_64_hexdigest(json.dumps(known).encode())}) + "\n"
+
+
+def identity_is_whole(text: str) -> bool:
+    """Whether store.json is to the byte what was written. Stores made before it had a sum have none: nothing to check."""
+    try:
+        known = json.loads(text)
+        if "sum" not in known:
+            return set(known) == {"format", "store_id", "secret", "block_bytes"}
+        return text == _with_sum({key: value for key, value in known.items() if key != "sum"})
+    except (ValueError, TypeError):
+        return False
 
 
 def _make_identity(path: Path) -> StoreIdentity:
     identity = StoreIdentity(secrets.token_hex(16), secrets.token_bytes(SECRET_BYTES), BLOCK_BYTES)
-    text = json.dumps(
-        {
-            "format": FORMAT,
-            "store_id": identity.store_id,
-            "secret": identity.secret.hex(),
-            "block_bytes": identity.block_bytes,
-        }
-    )
     partial = path.with_suffix(".new")
     fd = media.open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        media.write_fully(fd, text.encode() + b"\n", 0)
+        media.write_fully(fd, identity_text(identity).encode(), 0)
         media.sync_file(fd)
     finally:
         os.close(fd)
@@ -165,19 +201,63 @@ class Database:
         self._claim_fd = claim(folder) if claim_fd is None else os.dup(claim_fd)
         self.folder, self.health, self.reserve = folder, Health(), Reserve(folder)
         self.undo: list[Callable[[], Callable[[], None]]] = []
+        self.notes: list[str] = []  # what the opening met that is worth a line in the log
         self._suspect: OSError | None = None
         try:
             path = folder / "store.json"
-            self.identity = _read_identity(path) if path.exists() else _make_identity(path)
+            self.identity = read_identity(path) if path.exists() else _make_identity(path)
+            known = self._judged()
             self.connection = self._connect(folder / "index.db", self.health)
             try:
                 self.wal_fd = media.open_file(folder / "index.db-wal", os.O_RDWR | os.O_CREAT)
+                self._sums = self._first_sums() if known is None else known
             except BaseException:
                 self.connection.close()
                 raise
         except BaseException:
             os.close(self._claim_fd)
             raise
+        self.changed: set[int] = set()  # inodes that differ from what the last manifest says of them
+        self.unlisted: set[int] = set()  # objects that no manifest lists yet
+        self._copied_salts, self._next_checkpoint = b"", 0.0
+
+    def _judged(self) -> sums.Sums | None:
+        """The sums of the pages of index.db; None: there is no sidecar yet. StoreError when something is damaged."""
+        if not (self.folder / "index.db").exists():
+            if list((self.folder / "extents").glob("*.cfx")):
+                raise StoreError(f"the index of {self.folder} is missing; run cascadefs rebuild-index {self.folder}")
+            return None
+        found = sums.judge(self.folder)
+        if found.damaged:
+            parts = (
+                ("index.db-wal", found.wal.header_bad or found.wal_flipped),
+                ("index.sums", found.sums_damaged),
+                ("index.db", bool(found.bad_pages) or found.size_bad),
+            )
+            names = ", ".join(name for name, bad in parts if bad)
+            raise StoreError(
+                f"the index of {self.folder} is damaged ({names}); run cascadefs fsck --repair {self.folder}, "
+                f"or if that does not heal it, cascadefs rebuild-index {self.folder}"
+            )
+        if found.torn:
+            self.notes.append(f"{found.wal.stray} frames behind the last transaction of the WAL are dropped: never finished")
+        return found.sums
+
+    def _first_sums(self) -> sums.Sums | None:
+        """Sums of what is there, for a store without a sidecar. None: the disk is full, or fails; the next checkpoint tries
+        again, and until then the pages have no sums."""
+        try:
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            page_bytes = self._page_bytes()
+            found, _ = sums.of_file(self.folder / "index.db", page_bytes)
+            sums.write(self.folder, page_bytes, found)
+        except (OSError, sqlite3.OperationalError) as e:
+            log.warning("the index has no checksums for now: %s", e)
+            return None
+        return found
+
+    def _page_bytes(self) -> int:
+        return int(self.connection.execute("PRAGMA page_size").fetchone()[0])
 
     @staticmethod
     def _connect(path: Path, health: Health) -> sqlite3.Connection:
@@ -192,17 +272,19 @@ class Database:
         try:
             connection.executescript(
                 "PRAGMA page_size=1024; PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-                "PRAGMA wal_autocheckpoint=32000; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
+                "PRAGMA wal_autocheckpoint=0; PRAGMA cache_size=-65536; PRAGMA temp_store=MEMORY;"
             )
             tables = sqlite3.Connection.execute(connection, "SELECT count(*) FROM sqlite_master").fetchone()[0]
             if new or not tables:
                 connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
             elif "last_op" not in {row[1] for row in connection.execute("PRAGMA table_info(inodes)")}:
                 connection.executescript("ALTER TABLE inodes ADD COLUMN last_op INTEGER NOT NULL DEFAULT 0")  # older stores
+            connection.executescript(ADDITIONS)
         except sqlite3.DatabaseError as e:
             connection.close()
             if getattr(e, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                raise StoreError(f"{path} is damaged ({e}); restore it from a copy") from e
+                why = f"the index of {path.parent} is damaged ({e}); run cascadefs rebuild-index {path.parent}"
+                raise StoreError(why) from e
             raise (from_sqlite(e) or e) from e
         return connection
 
@@ -255,19 +337,55 @@ class Database:
         if busy:
             raise self._still_suspect()
         self._suspect = None
+        self._sums = self._first_sums()
         self.health.worked("index")
 
     def _still_suspect(self) -> OSError:
         """With the errno of the sync that failed: a full disk is told as one."""
         return OSError(self._suspect.errno if self._suspect else None, "index: an earlier sync failed and is not made good yet")
 
+    def tend(self) -> None:
+        """Checkpoint when the WAL has grown large. After a restart of the WAL older frames lie behind its end: the salts of
+        the frame at the limit tell whether this generation has come that far."""
+        if self._suspect or time.monotonic() < self._next_checkpoint:
+            return
+        at = sums.WAL_HEADER + WAL_FRAMES * (sums.FRAME_HEADER + self._page_bytes()) + 8
+        try:
+            salts = os.pread(self.wal_fd, 8, 16)
+            if salts and salts != self._copied_salts and os.pread(self.wal_fd, 8, at) == salts:
+                self.checkpoint()
+        except OSError as e:
+            self._next_checkpoint = time.monotonic() + RETRY_S
+            log.warning("the WAL could not be copied into the index: %s; it is tried again", e)
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into index.db. The sums come first: until SQLite starts the WAL anew, which it does at a write after
+        this, the pages that differ from their sums have frames in it (invariant 1 of sums.py)."""
+        point("checkpoint")
+        self.sync()
+        wal = sums.read_wal((self.folder / "index.db-wal").read_bytes())
+        if not wal.committed:
+            return
+        if self._sums is None:
+            self._sums = self._first_sums()
+            return
+        self._sums = sums.updated(self._sums, wal)
+        sums.write(self.folder, wal.page_bytes, self._sums)
+        try:
+            busy, frames, copied = self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.OperationalError:
+            return  # a cursor is open: the frames stay where they are until the next try
+        if not busy and frames == copied:
+            self._copied_salts = wal.data[16:24]
+
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""
-        point("checkpoint")
         try:
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.checkpoint()
         except OSError as e:
             log.error("the index stays in its WAL: %s", e)
+            with contextlib.suppress(OSError):  # SQLite may yet copy the WAL: then the sidecar would be wrong
+                media.remove(self.folder / "index.sums")
         self.connection.close()
         os.close(self.wal_fd)
         os.close(self._claim_fd)

@@ -10,6 +10,7 @@ Owns: tables objects, object_blocks, blocks, extents and the content columns of 
 """
 
 import struct
+import time
 from collections.abc import Iterable, Sequence
 
 import xxhash
@@ -104,12 +105,42 @@ class Index:
             "SELECT digest, seq FROM object_blocks b JOIN objects o ON o.oid=b.oid WHERE bid=? LIMIT ?", (bid, limit)
         ).fetchall()
 
+    def block(self, bid: int) -> Block | None:
+        """The block of that number, if it still exists."""
+        r = self._db.execute("SELECT bid, fingerprint, length, extent, offset FROM blocks WHERE bid=?", (bid,)).fetchone()
+        return Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) if r else None
+
+    def doubles(self, block: Block) -> list[Location]:
+        """Where other blocks of the same fingerprint lie: contents that differ in an object's salt, which is next to never."""
+        rows = self._db.execute(
+            "SELECT extent, offset, length FROM blocks WHERE fingerprint=? AND length=? AND bid<>? AND extent IS NOT NULL",
+            (block.fingerprint, block.length, block.bid),
+        )
+        return [Location(*row) for row in rows]
+
+    def placed_after(self, extent: int, offset: int, limit: int) -> list[Block]:
+        """Blocks with a place after the given one, in the order of their places."""
+        rows = self._db.execute(
+            "SELECT bid, fingerprint, length, extent, offset FROM blocks WHERE extent>=?1 AND (extent>?1 OR offset>?2) "
+            "ORDER BY extent, offset LIMIT ?3",
+            (extent, offset, limit),
+        )
+        return [Block(r[0], r[1], r[2], Location(r[3], r[4], r[2])) for r in rows]
+
+    def owners(self, bid: int) -> list[int]:
+        """Inodes that show or fall back to an object with this block."""
+        rows = self._db.execute(
+            "SELECT DISTINCT ino FROM object_blocks b JOIN inodes i ON i.oid=b.oid OR i.durable_oid=b.oid WHERE bid=?", (bid,)
+        )
+        return [row[0] for row in rows]
+
     def add(self, digest: bytes, size_bytes: int, parts: Sequence[tuple[bytes, int, int | None]]) -> Object:
         """A new object of (fingerprint, length, known block or None) parts. It has no reference yet: refer to it in the same
         transaction."""
         with self._database.transaction():
             cursor = self._db.execute("INSERT INTO objects(digest, size, refs, durable) VALUES(?,?,0,0)", (digest, size_bytes))
             oid = int(cursor.lastrowid or 0)
+            self._database.unlisted.add(oid)
             fresh: dict[tuple[bytes, int], int] = {}
             for seq, (fingerprint, length, known) in enumerate(parts):
                 bid = known or fresh.get((fingerprint, length))
@@ -173,6 +204,7 @@ class Index:
                 return []
             if oid is not None:
                 self._ref(oid)
+            self._database.changed.add(ino)
             self._db.execute("UPDATE inodes SET home=?, oid=?, size=? WHERE ino=?", (home, oid, size_bytes, ino))
             dead = self._unref(row[0]) if row[0] is not None else []
             if oid is not None and self.object(oid).durable:
@@ -189,6 +221,7 @@ class Index:
                 return []
             if oid is not None:
                 self._ref(oid)
+            self._database.changed.add(ino)
             self._db.execute("UPDATE inodes SET durable_oid=? WHERE ino=?", (oid, ino))
             return self._unref(row[0]) if row[0] is not None else []
 
@@ -219,12 +252,25 @@ class Index:
                     self._db.execute("UPDATE extents SET live=live+? WHERE number=?", (record_bytes(at.length), at.extent))
         return dead
 
+    def relocate(self, bid: int, at: Location, extent_size: int) -> list[Location]:
+        """A good copy of a block was written to `at` and synced: it is read from there. Returns the record that it leaves."""
+        with self._database.transaction():
+            row = self._db.execute("SELECT extent, offset, length FROM blocks WHERE bid=?", (bid,)).fetchone()
+            if row is not None and row[0] is not None:
+                self._db.execute("UPDATE blocks SET extent=NULL WHERE bid=?", (bid,))
+                self._db.execute("UPDATE extents SET live=live-? WHERE number=?", (record_bytes(row[2]), row[0]))
+            left = [Location(*row)] if row is not None and row[0] is not None else []
+            return left + self.place([(bid, at)], at.extent, extent_size)
+
     def mark_durable(self, oid: int) -> list[Location]:
         """All blocks of the object are located and synced: it becomes the fallback of the inodes that show it."""
         with self._database.transaction():
             self._db.execute("UPDATE objects SET durable=1 WHERE oid=?", (oid,))
             inos = [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=? AND home=0", (oid,))]
-            return [location for ino in inos for location in self.set_fallback(ino, oid)]
+            told = set(inos) - self._database.changed  # by the manifest that went out with the object
+            dead = [location for ino in inos for location in self.set_fallback(ino, oid)]
+            self._database.changed -= told
+            return dead
 
     def open_extent(self) -> tuple[int, int] | None:
         """(number, size in bytes) of the extent that still grows."""
@@ -243,12 +289,53 @@ class Index:
     def extent_records(self, number: int) -> list[tuple[bytes, int, int]]:
         """(fingerprint, offset, length) of the live records of an extent, by offset."""
         return self._db.execute(
-            "SELECT fingerprint, offset, length FROM blocks WHERE extent=? ORDER BY offset", (number,)
+            "SELECT fingerprint, offset, length FROM blocks WHERE extent=?1 "
+            "UNION ALL SELECT fingerprint, offset, length FROM manifests WHERE extent=?1 ORDER BY offset",
+            (number,),
         ).fetchall()
 
     def dead_extents(self) -> list[int]:
         """Sealed extents without a live record."""
-        return [row[0] for row in self._db.execute("SELECT number FROM extents WHERE sealed=1 AND live<=0 AND size>0")]
+        held = "SELECT extent FROM manifests"
+        rows = self._db.execute(f"SELECT number FROM extents WHERE sealed=1 AND live<=0 AND size>0 AND number NOT IN ({held})")
+        return [row[0] for row in rows]
+
+    # --- manifests that a rebuild of the index would read
+
+    def next_manifest(self) -> int:
+        """The number for the next manifest: higher than any in the extents, those that this index forgot included."""
+        return max(time.time_ns(), int(self._db.execute("SELECT coalesce(max(seq), 0) + 1 FROM manifests").fetchone()[0]))
+
+    def add_manifest(self, seq: int, at: Location, fingerprint: bytes, snapshot: bool) -> list[Location]:
+        """A manifest was written and synced. A snapshot says all that those before it say: returns their records, now dead."""
+        dead = []
+        with self._database.transaction():
+            if snapshot:
+                rows = self._db.execute("SELECT extent, offset, length FROM manifests").fetchall()
+                dead = [Location(*row) for row in rows]
+                self._db.execute("DELETE FROM manifests")
+            row = (seq, at.extent, at.offset, at.length, fingerprint, snapshot)
+            self._db.execute("INSERT INTO manifests VALUES(?,?,?,?,?,?)", row)
+        return dead
+
+    def manifests(self) -> list[tuple[int, Location, bytes]]:
+        """(number, place, fingerprint) of the manifests that a rebuild needs."""
+        rows = self._db.execute("SELECT seq, extent, offset, length, fingerprint FROM manifests ORDER BY seq")
+        return [(row[0], Location(*row[1:4]), row[4]) for row in rows]
+
+    def manifest_bytes(self) -> tuple[int, int]:
+        """(length of the last snapshot, sum of the lengths of the manifests after it)."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(length) FILTER (WHERE snapshot & 1), 0), "
+            "coalesce(sum(length) FILTER (WHERE NOT snapshot & 1), 0) FROM manifests"
+        ).fetchone()
+        return row[0], row[1]
+
+    def only_manifests_hold_an_extent(self) -> bool:
+        """Whether some sealed extent has no block any more, but a manifest that a new snapshot would free."""
+        held = "SELECT extent FROM manifests"
+        query = f"SELECT 1 FROM extents WHERE sealed=1 AND live<=0 AND size>0 AND number IN ({held}) LIMIT 1"
+        return self._db.execute(query).fetchone() is not None
 
     def forget_extent(self, number: int) -> None:
         """Its file is about to go; the row stays (size 0) so that the number is not used again."""

@@ -21,7 +21,11 @@ import trio
 from cascadefs import scheduler
 from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
+from cascadefs.ext import hashing
 from cascadefs.files import Files
+from cascadefs.journal import Journal, Taken
+from cascadefs.manifest import encode
+from cascadefs.record import record_bytes
 from cascadefs.sealing import Sealer
 from cascadefs.tiers.cold import Piece
 from cascadefs.types import Location, Object
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
+INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
 class Mover:
@@ -39,6 +44,7 @@ class Mover:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
         self.health = files.database.health
+        self.journal = Journal(files.database, files.index)
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
@@ -99,17 +105,22 @@ class Mover:
             await trio.sleep(scheduler.QUIET_S)
             return True
         done = await self.flush_batch(())
+        for bid in self.residency.healer.take_healable():
+            await self.heal(bid)
         self._last_round = time.monotonic()
         if done:
             self.last_error = None
+        elif self.journal.wants_snapshot():
+            await self.tell()
         return done > 0
 
     async def _keep_room(self) -> None:
         while True:
             try:
                 self.residency.make_room()
+                self.files.database.tend()
             except Exception:
-                log.exception("eviction failed")
+                log.exception("eviction or a checkpoint failed")
                 await trio.sleep(BACKOFF_S)
             await trio.sleep(IDLE_S)
 
@@ -121,8 +132,9 @@ class Mover:
             chosen = self._choose(first)
             fds = list[int]()
             try:
-                if pieces := self._pieces(chosen, fds):
-                    await self._append(pieces)
+                pieces = self._pieces(chosen, fds)
+                if chosen:
+                    await self._append(pieces, await self.journal.changes(chosen))
                     self.health.worked("cold tier")
             except UnreadableCopy as e:
                 self._put_off(chosen, first, e)
@@ -187,17 +199,58 @@ class Mover:
                 offset += block.length
         return pieces
 
-    async def _append(self, pieces: Sequence[Piece]) -> None:
-        """Write pieces to the open extent (the next one when it is full) and commit where they lie."""
-        for part in _parts(pieces, self.files.settings.batch_size):
-            number, position = await self._open_extent()
-            write = partial(self.cold.append, number, position, part)
-            placed, end = await trio.to_thread.run_sync(write)
-            point("appended")
-            self.files.dead += self.index.place(placed, number, end)
-            point("placed")
-            if end >= self.files.settings.extent_size:
-                await self._seal_extent(number, end)
+    async def _append(self, pieces: Sequence[Piece], taken: Taken) -> None:
+        """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
+        try:
+            small = len(taken.manifest.inodes) <= INLINE_INODES
+            manifest = encode(taken.manifest) if small else await trio.to_thread.run_sync(encode, taken.manifest)
+            parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
+            for part in parts:
+                number, position = await self._open_extent()
+                tail = manifest if part is parts[-1] else None
+                placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, part, tail))
+                point("appended")
+                with self.files.database.transaction():
+                    self.files.dead += self.index.place(placed, number, end)
+                    if tail is not None:
+                        at = Location(number, end - record_bytes(len(tail)), len(tail))
+                        fingerprint = hashing.fingerprint(tail, self.files.database.identity.secret)
+                        self.files.dead += self.journal.written(taken, at, fingerprint)
+                point("placed")
+                if end >= self.files.settings.extent_size:
+                    await self._seal_extent(number, end)
+        except BaseException:
+            self.journal.not_written(taken)
+            raise
+
+    async def heal(self, bid: int) -> bool:
+        """Write a good copy of a block whose record is damaged to the open extent. False: there is none, or it is no more."""
+        async with self._lock:
+            block = self.index.block(bid)
+            if block is None or block.location is None:
+                return False
+            piece = await trio.to_thread.run_sync(self.residency.healer.good_piece, block)
+            if piece is None:
+                return False
+            try:
+                number, position = await self._open_extent()
+                placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, [piece]))
+            finally:
+                os.close(piece.fd)
+            if self.index.block(bid) == block:
+                self.files.dead += self.index.relocate(bid, placed[0][1], end)
+            await self._give_back()
+            self.residency.healer.is_healed(block)
+        return True
+
+    async def tell(self) -> None:
+        """Write what the extents do not tell yet of names and attributes; everything, when it is time for a snapshot."""
+        async with self._lock:
+            if self.journal.wants_snapshot():
+                await self._append((), await self.journal.everything())
+            elif self.journal.has_news():
+                await self._append((), await self.journal.changes(()))
+            await self._give_back()
 
     async def _open_extent(self) -> tuple[int, int]:
         found = self.index.open_extent()
@@ -316,6 +369,7 @@ class Mover:
         for ino in busy:
             if self.files.namespace.find(ino) is not None:
                 await self.fsync(ino)
+        await self.tell()
         await self.sync_index()
         if left := len(self.unflushable | self._put_off_until.keys()):
             raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")

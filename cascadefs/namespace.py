@@ -13,6 +13,7 @@ Invariants:
 
 import errno
 import itertools
+import os
 import stat
 import time
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ class Namespace:
     def __init__(self, database: Database, uid: int = 0, gid: int = 0, first_ino: int = 0) -> None:
         self._database = database
         self._db = database.connection
+        self._changed = database.changed  # every method says here which inodes it touches
         if self.find(ROOT) is None:
             now = time.time_ns()
             self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
+            self._changed.discard(ROOT)  # an empty store has nothing to tell
         # Counted here, not by SQLite: its own counter is one more page in every commit.
         self.first_ino = max(first_ino, 1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
         self._inos = itertools.count(self.first_ino)
@@ -105,6 +108,20 @@ class Namespace:
         row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()
         return row[0] if row else ROOT
 
+    def paths(self, ino: int) -> list[str]:
+        """Every path of an inode, for people: names that are no UTF-8 are shown as Python shows them."""
+        found = []
+        for parent, name in self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall():
+            parts = [name]
+            while parent != ROOT:
+                row = self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (parent,)).fetchone()
+                if row is None:
+                    break
+                parent = row[0]
+                parts.append(row[1])
+            found.append("/" + "/".join(os.fsdecode(part) for part in reversed(parts)))
+        return found
+
     def count_files(self) -> tuple[int, int]:
         """(number of regular files, sum of their sizes in bytes as last recorded)."""
         row = self._db.execute(
@@ -131,6 +148,7 @@ class Namespace:
         home: int = 0,
     ) -> int:
         ino = next(self._inos) if ino is None else ino
+        self._changed.add(ino)
         self._db.execute(
             "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
             "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
@@ -186,12 +204,14 @@ class Namespace:
         return self.get(ino)
 
     def _enter(self, parent: int, name: bytes, ino: int) -> None:
+        self._changed.add(ino)
         cursor = self._db.execute("INSERT OR IGNORE INTO entries VALUES(?,?,?,?)", (parent, next(self._ids), name, ino))
         if cursor.rowcount == 0:
             raise os_error(errno.EEXIST, name)
 
     def _touch_folder(self, ino: int, now: int, links: int, op: int) -> Inode:
         """The folder after a change in it; one statement instead of three, because every create waits for it."""
+        self._changed.add(ino)
         row = self._db.execute(
             "UPDATE inodes SET mtime_ns=?, ctime_ns=?, nlink=nlink+?, last_op=max(last_op, ?) WHERE ino=? "
             f"RETURNING {_COLUMNS}",
@@ -223,6 +243,7 @@ class Namespace:
     def _leave(self, parent: int, name: bytes, inode: Inode, now: int, op: int = 0) -> None:
         """Remove an entry and what it counts for."""
         is_folder = stat.S_ISDIR(inode.mode)
+        self._changed.add(inode.ino)
         self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
         self._touch_folder(parent, now, -1 if is_folder else 0, op)
         links = 0 if is_folder else inode.nlink - 1
@@ -257,6 +278,7 @@ class Namespace:
 
     def delete_inode(self, ino: int) -> None:
         """Forget an orphan for good (its content references have been dropped by the caller)."""
+        self._changed.add(ino)
         with self._database.transaction():
             self._db.execute("DELETE FROM xattrs WHERE ino=?", (ino,))
             self._db.execute("DELETE FROM inodes WHERE ino=? AND nlink=0", (ino,))
@@ -344,6 +366,7 @@ class Namespace:
         if target is None:
             raise os_error(errno.ENOENT, new_name)
         self._refuse_loops(target, parent)
+        self._changed.update((source.ino, target.ino))
         difference = stat.S_ISDIR(target.mode) - stat.S_ISDIR(source.mode)
         self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (target.ino, parent, name))
         self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (source.ino, new_parent, new_name))
@@ -359,6 +382,7 @@ class Namespace:
         with self._database.transaction():
             columns = _COLUMNS.split(", ", 1)[1]
             new = next(self._inos)
+            self._changed.update((new, ino))
             self._db.execute(f"INSERT INTO inodes(ino, {columns}) SELECT ?, {columns} FROM inodes WHERE ino=?", (new, ino))
             self._db.execute("UPDATE entries SET ino=? WHERE ino=?", (new, ino))
             self._db.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino=?", (new, ino))
@@ -369,6 +393,7 @@ class Namespace:
 
     def update(self, ino: int, **columns: int | None) -> None:
         """Set columns of one inode. Column names come from this package, never from users."""
+        self._changed.add(ino)
         assignments = ", ".join(f"{column}=?" for column in columns)
         self._db.execute(f"UPDATE inodes SET {assignments} WHERE ino=?", (*columns.values(), ino))
 
@@ -393,6 +418,7 @@ class Namespace:
             raise os_error(errno.ERANGE, name)
         if len(value) > XATTR_VALUE_MAX:
             raise os_error(errno.E2BIG, name)
+        self._changed.add(ino)
         with self._database.transaction():
             known = self._db.execute("SELECT 1 FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone()
             if known and flags & XATTR_CREATE:
@@ -404,6 +430,7 @@ class Namespace:
 
     def remove_xattr(self, ino: int, name: bytes, op: int = 0) -> None:
         """ENODATA when there is none."""
+        self._changed.add(ino)
         with self._database.transaction():
             if self._db.execute("DELETE FROM xattrs WHERE ino=? AND name=?", (ino, name)).rowcount == 0:
                 raise os_error(errno.ENODATA, name)

@@ -21,15 +21,17 @@ _FOOT_HEAD = struct.Struct("<4sIQQ")  # magic, version, extent number, number of
 _FOOT_ENTRY = struct.Struct("<16sQQ")  # fingerprint, offset, payload length
 _TAIL = struct.Struct("<4sIQQ")  # magic, version, footer offset, footer length
 _SUM = struct.Struct("<Q")
+BLOCK, MANIFEST = b"CFRC", b"CFMN"  # kinds of records, told by their magic; framed and checked alike
 
 
 @dataclass(frozen=True, slots=True)
 class RecordHeader:
-    """What a record says of itself: fingerprint (16 bytes) of the payload, payload length, own offset in the extent."""
+    """What a record says of itself: fingerprint (16 bytes) of the payload, payload length, own offset in the extent, kind."""
 
     fingerprint: bytes
     length: int
     offset: int
+    kind: bytes = BLOCK
 
 
 def _sealed(body: bytes) -> bytes:
@@ -73,16 +75,17 @@ def decode_extent_header(data: bytes) -> tuple[bytes, int] | None:
 
 def encode_record_header(header: RecordHeader) -> bytes:
     """HEADER_BYTES bytes that stand directly before the payload."""
-    return _sealed(_RECORD.pack(b"CFRC", FORMAT_VERSION, header.fingerprint, header.length, header.offset, bytes(16)))
+    return _sealed(_RECORD.pack(header.kind, FORMAT_VERSION, header.fingerprint, header.length, header.offset, bytes(16)))
 
 
 def decode_record_header(data: bytes) -> RecordHeader | None:
     """The header, or None when these are not the first bytes of a record."""
-    body = _opened(data, _RECORD.size, b"CFRC")
+    kind = bytes(data[:4])
+    body = _opened(data, _RECORD.size, kind) if kind in (BLOCK, MANIFEST) else None
     if body is None:
         return None
     _, _, fingerprint, length, offset, padding = _RECORD.unpack(body)
-    return None if any(padding) else RecordHeader(fingerprint, length, offset)
+    return None if any(padding) else RecordHeader(fingerprint, length, offset, kind)
 
 
 def encode_footer(number: int, offset: int, entries: list[RecordHeader]) -> bytes:

@@ -16,6 +16,7 @@ import trio
 
 from cascadefs import media, scheduler
 from cascadefs.crash import point
+from cascadefs.healing import Healer
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
@@ -38,6 +39,7 @@ class Residency:
     ) -> None:
         self.index, self.memory, self.parking, self.cold = index, memory, parking, cold
         self.policy, self.sources = policy, sources
+        self.healer = Healer(index, (memory, parking), cold)
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self._promotions = 0
@@ -139,8 +141,7 @@ class Residency:
 
     def _copy_block(self, block: Block, fd: int, offset: int) -> bool:
         """False, and nothing written, when the block is all zeros."""
-        assert block.location is not None
-        buffer, payload = self.cold.read(block.location, block.fingerprint)
+        buffer, payload = self.healer.read(block)
         try:
             if not payload[0] and payload == bytes(block.length):
                 return False

@@ -36,6 +36,11 @@ def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
         "tiers": tiers(store, totals, staged),
         "damaged_objects": len(store.mover.unflushable),
         "trouble": store.database.health.lines(),
+        "damaged_blocks": len(store.residency.healer.still_damaged()),
+        "corrupt_reads": store.residency.healer.corrupt_reads,
+        "healed_blocks": store.residency.healer.healed,
+        "index_notes": store.database.notes,
+        "verify": store.verifier.told(),
         "last_error": str(store.mover.last_error) if store.mover.last_error else None,
     }
 
@@ -89,10 +94,13 @@ def _tier(capacity: int, used: int, dirty: int, objects: int, hits: int, misses:
     return dict(zip(names, (capacity, used, dirty, objects, hits, misses), strict=True))
 
 
+DAMAGE = ("damaged_blocks", "corrupt_reads", "healed_blocks")
+
+
 def metrics(document: Mapping[str, Any]) -> bytes:
     """The figures of status() as Prometheus text."""
     registry = CollectorRegistry()
-    for name in ("files", "logical_bytes", "unique_bytes", "dedup_ratio", "pending_bytes", "damaged_objects"):
+    for name in ("files", "logical_bytes", "unique_bytes", "dedup_ratio", "pending_bytes", "damaged_objects", *DAMAGE):
         Gauge(f"cascadefs_{name}", name.replace("_", " "), registry=registry).set(document[name])
     by_tier: dict[str, Gauge] = {}
     for tier, figures in document["tiers"].items():

@@ -32,6 +32,7 @@ from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Inode
+from cascadefs.verifier import Verifier
 
 ADDRESS_DIGITS = 32  # the public address is this much of the SHA-256, as the ancestor had it
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Store:
         self.sealer = Sealer(self.files)
         self.mover = Mover(self.files, self.sealer)
         self.streams = Streams(self.files)
+        self.verifier = Verifier(self.files, self.mover)
+        self.residency.healer.paths_of = self._paths_of_block
 
     def _put_together(self, keep_orphans: bool, first_ino: int) -> None:
         settings, identity = self.settings, self.database.identity
@@ -73,8 +76,10 @@ class Store:
         self.database.reserve.fill()
 
     async def run(self) -> None:
-        """Seal, flush and evict until cancelled."""
-        await self.mover.run()
+        """Seal, flush, evict, and verify when asked, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.mover.run)
+            nursery.start_soon(self.verifier.run)
 
     async def flush(self) -> None:
         """Everything closed before is durable in the cold tier afterwards."""
@@ -82,6 +87,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
+        self.mover.journal.close()
         self.database.close()
 
     def release_memory(self) -> None:
@@ -130,6 +136,9 @@ class Store:
             self.files.release(handle)
 
     # --- what is known of one file
+
+    def _paths_of_block(self, bid: int) -> list[str]:
+        return sorted({path for ino in self.index.owners(bid) for path in self.namespace.paths(ino)})
 
     async def address(self, oid: int) -> str:
         """The public address of an object; computed once, then remembered."""

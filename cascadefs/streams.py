@@ -72,8 +72,7 @@ class Streams:
         return data
 
     def _verified(self, block: Block) -> bytes:
-        assert block.location is not None
-        buffer, payload = self.files.residency.cold.read(block.location, block.fingerprint)
+        buffer, payload = self.files.residency.healer.read(block)
         try:
             return bytes(payload)
         finally:

@@ -20,6 +20,8 @@ cdef extern from "<xxhash.h>" nogil:
         pass
     ctypedef struct XXH128_canonical_t:
         uint8_t digest[16]
+    int XXH128_isEqual(XXH128_hash_t a, XXH128_hash_t b)
+    XXH128_hash_t XXH128_hashFromCanonical(const XXH128_canonical_t *src)
     XXH128_hash_t XXH3_128bits_withSecret(const void *data, size_t size, const void *secret, size_t secret_size)
     void XXH128_canonicalFromHash(XXH128_canonical_t *out, XXH128_hash_t hash)
 
@@ -68,6 +70,30 @@ def fingerprint(const uint8_t[::1] data, const uint8_t[::1] secret):
     with nogil:
         XXH128_canonicalFromHash(&out, XXH3_128bits_withSecret(&data[0] if count else NULL, count, &secret[0], 192))
     return bytes(out.digest[:16])
+
+
+def flipped_bit(uint8_t[::1] data, const uint8_t[::1] secret, const uint8_t[::1] wanted):
+    """The number of the one bit of `data` that, flipped, gives the fingerprint `wanted` (16 bytes); -1 when there is none.
+
+    Costs the square of the length. `data` is left as it was."""
+    cdef XXH128_canonical_t given
+    cdef XXH128_hash_t aim
+    cdef size_t count = <size_t>data.shape[0]
+    cdef int64_t bit, found = -1
+    if secret.shape[0] != 192 or wanted.shape[0] != 16:
+        raise ValueError("the secret is 192 bytes long, a fingerprint 16")
+    for bit in range(16):
+        given.digest[bit] = wanted[bit]
+    aim = XXH128_hashFromCanonical(&given)
+    with nogil:
+        for bit in range(<int64_t>count * 8):
+            data[bit >> 3] ^= <uint8_t>(1 << (bit & 7))
+            if XXH128_isEqual(XXH3_128bits_withSecret(&data[0], count, &secret[0], 192), aim):
+                found = bit
+            data[bit >> 3] ^= <uint8_t>(1 << (bit & 7))
+            if found >= 0:
+                break
+    return found
 
 
 def read_fingerprint(int fd, int64_t offset, uint8_t[::1] out, const uint8_t[::1] secret):

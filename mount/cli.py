@@ -24,6 +24,7 @@ from cascadefs.database import check_store_folder
 from cascadefs.errors import ConfigError, UserError
 from cascadefs.mount import device
 from cascadefs.mount.bench_cli import bench
+from cascadefs.mount.check_cli import fsck, rebuild_index, verify
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
@@ -334,7 +335,8 @@ def mount_helper() -> None:
     main([*arguments, *(item for option in options for item in ("-o", option))])
 
 
-main.add_command(bench)
+for command in (bench, fsck, verify, rebuild_index):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

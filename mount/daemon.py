@@ -121,6 +121,8 @@ class Daemon:
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
+        for note in self.store.database.notes:
+            log.warning("index: %s", note)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.run)
             nursery.start_soon(self._unmount_on_signal)

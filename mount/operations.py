@@ -37,6 +37,7 @@ DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
 DROP_MEMORY = b"user.cascade.drop-memory"
+VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
 TEXT_HANDLES, TEXT_STEP, TEXT_COUNTS = 1 << 62, 1 << 48, 0xFFF << 48
 
@@ -341,6 +342,9 @@ class Operations(pyfuse3.Operations):
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
             self.drops_memory = value == b"1"
+            return
+        if (inode, name) == (virtual.FOLDER, VERIFY):
+            self.store.verifier.request()
             return
         _refuse_virtual(inode)
         _refuse_fact(name)

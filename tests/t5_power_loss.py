@@ -24,6 +24,7 @@ MUST_DO = {
     *("CREATE extents/", "WRITE extents/", "TRUNCATE extents/", "SYNC extents/", "PUNCH extents/", "UNLINK extents/"),
     *("WRITE parking/staged/", "LINK parking/objects/", "UNLINK parking/objects/", "WRITE parking/boot"),
     *("WRITE index.db-wal", "SYNC index.db-wal", "UNLINK index.db-wal", "WRITE index.db", "SYNC index.db"),
+    *("WRITE index.sums", "SYNC index.sums", "RENAME index.sums"),
     *("WRITE store.", "SYNC store.", "RENAME store.", "MKDIR folder", "SYNC folder"),
 }
 

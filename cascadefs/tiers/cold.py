@@ -22,7 +22,9 @@ from cascadefs.errors import CorruptRecord, UnreadableCopy
 from cascadefs.ext import hashing
 from cascadefs.record import (
     ALIGN,
+    BLOCK,
     HEADER_BYTES,
+    MANIFEST,
     RecordHeader,
     decode_record_header,
     encode_extent_header,
@@ -52,7 +54,7 @@ class ColdTier:
 
     def __init__(self, folder: Path, store_id: str, secret: bytes) -> None:
         media.make_folder(folder)
-        self.folder, self._store_id, self._secret = folder, bytes.fromhex(store_id), secret
+        self.folder, self._store_id, self.secret = folder, bytes.fromhex(store_id), secret
         self.on_lustre = media.filesystem_magic(folder) == LUSTRE_MAGIC
 
     def path(self, number: int) -> Path:
@@ -74,10 +76,13 @@ class ColdTier:
         media.sync_folder(self.folder)
         return ALIGN
 
-    def append(self, number: int, position: int, pieces: Sequence[Piece]) -> tuple[list[tuple[int, Location]], int]:
+    def append(
+        self, number: int, position: int, pieces: Sequence[Piece], manifest: bytes | None = None
+    ) -> tuple[list[tuple[int, Location]], int]:
         """Write pieces as records from `position` on; ((bid, location) list, new end). EIO if a piece changed under us.
 
-        Bytes past `position` that no index knows (a crash) are cut off first.
+        A manifest goes behind them as a record of its own, which ends at the new end. Bytes past `position` that no index
+        knows (a crash) are cut off first.
         """
         fd = media.open_direct(self.path(number), os.O_RDWR)
         try:
@@ -90,6 +95,10 @@ class ColdTier:
                         media.write_fully(fd, data, position)
                     position += sum(record_bytes(piece.length) for piece in batch)
                     placed += locations
+                if manifest is not None:
+                    with self._pack_manifest(position, manifest) as data:
+                        media.write_fully(fd, data, position)
+                    position += record_bytes(len(manifest))
             except OSError:
                 with contextlib.suppress(OSError):
                     media.truncate(fd, start)  # a full disk gets back at once what a half batch took
@@ -100,6 +109,13 @@ class ColdTier:
             os.close(fd)
         return placed, position
 
+    def _pack_manifest(self, position: int, manifest: bytes) -> mmap.mmap:
+        data = mmap.mmap(-1, record_bytes(len(manifest)))
+        fingerprint = hashing.fingerprint(manifest, self.secret)
+        header = encode_record_header(RecordHeader(fingerprint, len(manifest), position, MANIFEST))
+        data[: HEADER_BYTES + len(manifest)] = header + manifest
+        return data
+
     def _pack(self, number: int, position: int, batch: Sequence[Piece]) -> tuple[list[tuple[int, Location]], mmap.mmap]:
         """Records of `batch` in one page-aligned buffer."""
         data = mmap.mmap(-1, sum(record_bytes(piece.length) for piece in batch))
@@ -107,7 +123,7 @@ class ColdTier:
         for piece in batch:
             payload = view[at + HEADER_BYTES : at + HEADER_BYTES + piece.length]
             try:
-                found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret)
+                found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self.secret)
             except OSError as e:
                 raise UnreadableCopy(e, piece.bid) from e
             if found != piece.fingerprint:
@@ -132,7 +148,16 @@ class ColdTier:
             os.close(fd)
         return position + len(footer)
 
-    def read(self, at: Location, fingerprint: bytes) -> tuple[mmap.mmap, memoryview]:
+    def verify(self, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> None:
+        """Read a record as read() does, padding included, and drop it. CorruptRecord when a byte of it is wrong."""
+        buffer, payload = self.read(at, fingerprint, kind)
+        payload.release()
+        padding = buffer[HEADER_BYTES + at.length :]
+        buffer.close()
+        if any(padding):
+            raise CorruptRecord(f"the padding of record {at.extent}:{at.offset} is damaged")
+
+    def read(self, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> tuple[mmap.mmap, memoryview]:
         """(buffer, view of the payload in it), verified. The caller releases the view, then closes the buffer."""
         buffer = mmap.mmap(-1, record_bytes(at.length))
         try:
@@ -145,8 +170,8 @@ class ColdTier:
                 raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
             header = decode_record_header(buffer[:HEADER_BYTES])
             payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
-            expected = RecordHeader(fingerprint, at.length, at.offset)
-            if header == expected and hashing.fingerprint(payload, self._secret) == fingerprint:
+            expected = RecordHeader(fingerprint, at.length, at.offset, kind)
+            if header == expected and hashing.fingerprint(payload, self.secret) == fingerprint:
                 return buffer, payload
             payload.release()
         except FileNotFoundError:

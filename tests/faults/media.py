@@ -84,7 +84,7 @@ class Visit:
                 raise
             self.control.off()
             self.store = Store(self.settings)
-        self.store.database.connection.execute("PRAGMA wal_autocheckpoint=60")
+        database.WAL_FRAMES = 60
 
     async def tried(self, work: Callable[[], Awaitable[object]]) -> bool:
         """Whether an operation succeeded; if not, it failed with the errno of the medium. SQLite keeps none of a sync."""
@@ -167,6 +167,7 @@ class Visit:
         """What the background does; it may fail, and must not lose anything."""
         await self.tried(self.store.sealer.seal_due)
         await self.tried(lambda: self.store.mover.flush_batch(()))
+        self.store.database.tend()
 
     async def read_all(self) -> None:
         """Reading needs no space: it fails only when the fault is on the way to the bytes."""

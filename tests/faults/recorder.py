@@ -62,7 +62,7 @@ class Recorder:
 
     def opened(self) -> Store:
         store = Store(settings(self.base))
-        store.database.connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_EVERY}")
+        database.WAL_FRAMES = CHECKPOINT_EVERY
         return store
 
     def mark(self, **what: object) -> None:
@@ -76,6 +76,7 @@ class Recorder:
         kinds += ["flush"] + ["restart"] * (self.random.random() < 0.3)
         kind = self.random.choice(kinds)
         await getattr(self, kind)(self.random.choice(names) if names else "")
+        self.store.database.tend()
 
     async def told(self, op: str, work: Awaitable[None], **what: object) -> None:
         """`work` between its marks."""
@@ -217,7 +218,19 @@ def unsynced_names() -> None:
     media.sync_folder = lambda folder: None
 
 
-MUTANTS = {m.__name__: m for m in (unsynced_data, unsynced_index, early_punch, unsynced_names)}
+def early_sums() -> None:
+    """The checksums of the index are on the medium before the transactions that they are of."""
+    checkpoint, sync = Database.checkpoint, Database.sync
+
+    def without_sync(self: Database) -> None:
+        with mock.patch.object(Database, "sync", lambda self: None):
+            checkpoint(self)
+        sync(self)
+
+    Database.checkpoint = without_sync  # type: ignore[method-assign]
+
+
+MUTANTS = {m.__name__: m for m in (unsynced_data, unsynced_index, early_punch, unsynced_names, early_sums)}
 
 
 def main() -> None:

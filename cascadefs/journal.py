@@ -1,0 +1,193 @@
+"""Gathers manifests: what changed since the last one, or everything. The mover writes them behind the blocks of a batch.
+
+Owns: which inodes and objects the extents do not yet tell of (`Database.changed` and `unlisted`, kept by namespace.py and
+index.py), and when a snapshot is worth its size. Reads rows only. Invariants:
+(1) What a manifest takes is given back when it could not be written: nothing is forgotten while the process lives.
+(2) After a process that did not close the store, what had changed is not known: then the next snapshot tells everything.
+(3) A file is told with content that is durable once the manifest is; without any it is not told yet.
+(4) Rows are read in pages with a turn of the scheduler between them; what changes meanwhile is in the next manifest.
+"""
+
+import itertools
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from cascadefs.database import Database
+from cascadefs.index import Index
+from cascadefs.manifest import Listed, Manifest, Told
+from cascadefs.types import EMPTY_OID, Location, Object
+
+PAGE = 256  # inodes read between two turns of the scheduler: about a millisecond
+# A snapshot costs as much as it is long: it is written when the manifests since the last one have come to twice that.
+SNAPSHOT_AT, GROWTH = 256 << 10, 2
+SNAPSHOT, CLEAN = 1, 2  # bits of manifests.snapshot; CLEAN: nothing changed afterwards, the store was closed
+
+_ROWS = (
+    "SELECT i.ino, i.mode, i.uid, i.gid, i.rdev, i.atime_ns, i.mtime_ns, i.ctime_ns, i.target, i.nlink, i.home, i.oid, "
+    "o.digest, o.durable, d.digest, i.durable_oid FROM inodes i LEFT JOIN objects o ON o.oid=i.oid "
+    "LEFT JOIN objects d ON d.oid=i.durable_oid "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A manifest, and what to give back if it is not written."""
+
+    manifest: Manifest
+    inodes: set[int]
+    objects: set[int]
+
+
+class Journal:
+    """The manifests of one open store."""
+
+    def __init__(self, database: Database, index: Index) -> None:
+        self._database, self._db, self._index = database, database.connection, index
+        last = self._db.execute("SELECT seq, snapshot FROM manifests ORDER BY seq DESC LIMIT 1").fetchone()
+        empty = self._db.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None
+        self.incomplete = not empty and not (last is not None and last[1] & CLEAN)
+        if last is not None and last[1] & CLEAN:
+            self._db.execute("UPDATE manifests SET snapshot=? WHERE seq=?", (last[1] & ~CLEAN, last[0]))
+
+    # --- when
+
+    def has_news(self) -> bool:
+        """Whether a manifest would say anything."""
+        return bool(self._database.changed or self._database.unlisted)
+
+    def wants_snapshot(self) -> bool:
+        """Whether the next manifest should tell everything."""
+        whole, since = self._index.manifest_bytes()
+        return self.incomplete or since > max(SNAPSHOT_AT, GROWTH * whole) or self._index.only_manifests_hold_an_extent()
+
+    # --- what
+
+    async def changes(self, batch: Sequence[Object]) -> Taken:
+        """What the extents do not tell yet; `batch` are the objects that become durable with it."""
+        inodes, objects = self._take()
+        try:
+            ready = {found.oid for found in batch}
+            wanted = inodes | {ino for oid in ready for ino in self._index.inodes_of(oid)}
+            told, gone, listed = list[Told](), list[int](), list[Listed]()
+            for page in _pages(sorted(wanted)):
+                rows = self._told(f"WHERE i.ino IN ({_marks(page)})", page, ready)
+                told += [row for row in rows if row is not None]
+                gone += self._gone(page)
+                await trio.lowlevel.checkpoint()
+            for page in _pages(sorted(objects | ready)):
+                found = self._listed(f"oid IN ({_marks(page)})", page, ready)
+                listed += found.values()
+                self._database.unlisted |= {oid for oid in page if oid not in found and self._index.find_oid(oid)}
+                await trio.lowlevel.checkpoint()
+        except BaseException:
+            self._give_back(inodes, objects)
+            raise
+        return Taken(Manifest(self._index.next_manifest(), False, told, gone, listed), inodes, objects)
+
+    async def everything(self) -> Taken:
+        """A snapshot: every inode with a name, every durable object."""
+        inodes, objects = self._take()
+        try:
+            told, listed, at = list[Told](), list[Listed](), 0
+            while rows := self._told(f"WHERE i.ino>? ORDER BY i.ino LIMIT {PAGE}", (at,), set()):
+                told += [row for row in rows if row is not None]
+                at = self._last_ino(at)
+                await trio.lowlevel.checkpoint()
+            at = 0
+            while oids := self._db.execute(f"SELECT oid FROM objects WHERE oid>? ORDER BY oid LIMIT {PAGE}", (at,)).fetchall():
+                listed += self._listed("oid BETWEEN ? AND ?", (oids[0][0], oids[-1][0]), set()).values()
+                at = oids[-1][0]
+                await trio.lowlevel.checkpoint()
+            dirty = self._db.execute("SELECT oid FROM objects WHERE durable=0")
+            self._database.unlisted |= {oid for (oid,) in dirty}
+        except BaseException:
+            self._give_back(inodes, objects)
+            raise
+        return Taken(Manifest(self._index.next_manifest(), True, told, [], listed), inodes, objects)
+
+    def written(self, taken: Taken, at: Location, fingerprint: bytes) -> list[Location]:
+        """The manifest is in an extent and synced; commits that. Returns records that died."""
+        if taken.manifest.snapshot:
+            self.incomplete = False
+        return self._index.add_manifest(taken.manifest.seq, at, fingerprint, taken.manifest.snapshot)
+
+    def not_written(self, taken: Taken) -> None:
+        """It is still to be told."""
+        self._give_back(taken.inodes, taken.objects)
+
+    def close(self) -> None:
+        """Nothing changes any more: the next opening may trust that the extents tell everything."""
+        if not self.incomplete and not self.has_news():
+            last = "(SELECT max(seq) FROM manifests)"
+            self._db.execute(f"UPDATE manifests SET snapshot=snapshot|{CLEAN} WHERE seq={last}")
+
+    # --- rows
+
+    def _take(self) -> tuple[set[int], set[int]]:
+        inodes, objects = set(self._database.changed), set(self._database.unlisted)
+        self._database.changed.clear()  # in place: the namespace holds the same set
+        self._database.unlisted.clear()
+        return inodes, objects
+
+    def _give_back(self, inodes: Iterable[int], objects: Iterable[int]) -> None:
+        self._database.changed.update(inodes)
+        self._database.unlisted.update(objects)
+
+    def _told(self, where: str, parameters: Sequence[int], ready: set[int]) -> list[Told | None]:
+        """One entry for each row; None for an inode that has no name, or no content yet."""
+        rows = self._db.execute(_ROWS + where, parameters).fetchall()
+        if not rows:
+            return []
+        inos = [row[0] for row in rows]
+        marks = _marks(inos)
+        names: dict[int, list[tuple[int, bytes]]] = {}
+        for ino, parent, name in self._db.execute(f"SELECT ino, parent, name FROM entries WHERE ino IN ({marks})", inos):
+            names.setdefault(ino, []).append((parent, name))
+        xattrs: dict[int, list[tuple[bytes, bytes]]] = {}
+        for ino, name, value in self._db.execute(f"SELECT ino, name, value FROM xattrs WHERE ino IN ({marks})", inos):
+            xattrs.setdefault(ino, []).append((name, value))
+        return [_as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready) for row in rows]
+
+    def _gone(self, page: Sequence[int]) -> list[int]:
+        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino IN ({_marks(page)}) AND nlink>0", page)
+        here = {row[0] for row in rows}
+        return [ino for ino in page if ino not in here]
+
+    def _last_ino(self, at: int) -> int:
+        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino>? ORDER BY ino LIMIT {PAGE}", (at,)).fetchall()
+        return int(rows[-1][0]) if rows else at
+
+    def _listed(self, where: str, parameters: Sequence[int], ready: set[int]) -> dict[int, Listed]:
+        """Objects that are durable, or will be."""
+        rows = self._db.execute(f"SELECT oid, digest, size, durable FROM objects WHERE {where}", parameters).fetchall()
+        query = "SELECT fingerprint FROM object_blocks o JOIN blocks b ON b.bid=o.bid WHERE o.oid=? ORDER BY seq"
+        return {
+            oid: Listed(digest, size, [row[0] for row in self._db.execute(query, (oid,))])
+            for oid, digest, size, durable in rows
+            if durable or oid in ready
+        }
+
+
+def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes, bytes]], ready: set[int]) -> Told | None:
+    """`row` as _ROWS has it."""
+    ino, mode, uid, gid, rdev, atime, mtime, ctime, target, links, home, oid, digest, durable, fallback, fallback_oid = row
+    content = digest if durable or oid in ready else fallback
+    empty = (not home and oid is None) or (content is None and fallback_oid == EMPTY_OID)
+    if not links or (stat.S_ISREG(mode) and not empty and content is None):
+        return None
+    shown = None if empty else content
+    return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs)
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _pages(numbers: Iterable[int]) -> Iterator[list[int]]:
+    source = iter(numbers)
+    while page := list(itertools.islice(source, PAGE)):
+        yield page

@@ -1,0 +1,48 @@
+"""Stores without a mount, as several layers' tests use them: opened with their tasks running, closed, damaged."""
+
+import os
+import shutil
+import subprocess
+from contextlib import asynccontextmanager
+
+import trio
+
+from cascadefs.store import Store
+
+
+@asynccontextmanager
+async def opened(settings):
+    """An open store with its tasks running; afterwards closed as a killed process leaves it: nothing is flushed."""
+    store = Store(settings)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            yield store
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+def memory_of(settings):
+    return [folder for folder in settings.shm_dir.glob("cascadefs-*") if folder.is_dir()]
+
+
+def wipe_memory(settings):
+    for folder in memory_of(settings):
+        for part in folder.iterdir():
+            shutil.rmtree(part)
+
+
+def unmount_memory(settings):
+    for folder in memory_of(settings):
+        if os.path.ismount(folder):
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def flip(path, bit):
+    """Flip one bit of a file, counted from its start."""
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))

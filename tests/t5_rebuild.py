@@ -1,0 +1,200 @@
+"""rebuild-index: names, attributes and bytes come back from the extents alone."""
+
+import os
+import stat
+
+import pytest
+from stores import flip, opened, unmount_memory, wipe_memory
+
+from cascadefs import fsck
+from cascadefs.config import MIB, Settings
+from cascadefs.manifest import Listed, Manifest, Told, decode, encode
+from cascadefs.namespace import ROOT
+from cascadefs.rebuild import rebuild
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "shm").mkdir()
+    found = Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
+    yield found
+    unmount_memory(found)
+
+
+def quiet(done, total):
+    assert 0 <= done <= total
+
+
+def lose_index(settings):
+    for name in ("index.db", "index.sums"):
+        (settings.store / name).unlink()
+    wipe_memory(settings)
+
+
+def tree(store):
+    """{path: what a user sees of it} of everything."""
+    names, found, todo = store.namespace, {}, [(ROOT, b"")]
+    while todo:
+        folder, prefix = todo.pop()
+        for _, name, inode in names.listing(folder, 0):
+            xattrs = {key: names.get_xattr(inode.ino, key) for key in names.list_xattrs(inode.ino)}
+            times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
+            owner = (inode.mode, inode.uid, inode.gid, inode.nlink, inode.rdev)
+            found[prefix + b"/" + name] = (inode.ino, *owner, *times, inode.size, inode.target, xattrs)
+            if stat.S_ISDIR(inode.mode):
+                todo.append((inode.ino, prefix + b"/" + name))
+    return found
+
+
+async def furnish(store):
+    """A bit of everything; returns {path: bytes}."""
+    names, contents = store.namespace, {}
+    folder = names.make(ROOT, b"folder", stat.S_IFDIR | 0o750, 5, 6)
+    names.make(folder.ino, b"deep \xff\xfe", stat.S_IFDIR | 0o700, 0, 0)
+    for path, size in {"a": 100, "folder/b": 5 * MIB + 3, "folder/c": 70_000, "zeros": 0}.items():
+        contents[path] = os.urandom(size)
+        await store.put(path, contents[path])
+    await store.put("double", contents["folder/c"])
+    contents["double"] = contents["folder/c"]
+    ino = store.find("a").ino
+    names.link(ino, folder.ino, b"a again")
+    contents["folder/a again"] = contents["a"]
+    names.set_xattr(ino, b"user.note", b"\x00\xff kept")
+    names.update(ino, mode=stat.S_IFREG | 0o640, uid=7, gid=8)
+    names.make_in(ROOT, b"link", stat.S_IFLNK | 0o777, 1, 2, target=b"folder/b")
+    names.make(ROOT, b"pipe", stat.S_IFIFO | 0o600, 1, 2)
+    return contents
+
+
+async def all_right(store, contents):
+    for path, data in contents.items():
+        assert await store.get(path) == data, path
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+async def test_everything_flushed_comes_back(settings, snapshot):
+    async with opened(settings) as store:
+        contents = await furnish(store)
+        await store.flush()
+        await store.put("a", b"changed")
+        store.namespace.rename(store.find("folder").ino, b"c", ROOT, b"moved", 0)
+        contents |= {"a": b"changed", "folder/a again": b"changed", "moved": contents.pop("folder/c")}
+        store.namespace.unlink(ROOT, b"pipe")
+        store.mover.journal.incomplete = snapshot
+        await store.flush()
+        before = tree(store)
+    lose_index(settings)
+    result = rebuild(settings.store, settings.shm_dir, quiet)
+    assert result.absent == [] and result.lost_and_found == 0, result
+    assert fsck.run(settings.store, settings.shm_dir, False, lambda *_: None).exit_code == 0
+    async with opened(settings) as store:
+        assert tree(store) == before
+        await all_right(store, contents)
+        await store.put("later", b"the store goes on")
+        await store.flush()
+    lose_index(settings)
+    assert rebuild(settings.store, settings.shm_dir, quiet).absent == []
+    async with opened(settings) as store:
+        await all_right(store, contents | {"later": b"the store goes on"})
+
+
+async def test_without_manifests_every_block_is_in_lost_and_found(settings):
+    async with opened(settings) as store:
+        await store.put("f", b"1" * 5000)
+        await store.put("g", b"2" * 6000)
+        await store.flush()
+        digests = {store.index.object(store.find(n).oid).digest.hex(): n for n in "fg"}
+        rows = store.database.connection.execute("SELECT extent, offset FROM manifests").fetchall()
+    for extent, offset in rows:
+        flip(settings.store / f"extents/{extent:08d}.cfx", (offset + 100) * 8)
+    lose_index(settings)
+    assert rebuild(settings.store, settings.shm_dir, quiet).lost_and_found == 2
+    async with opened(settings) as store:
+        assert {await store.get(f"lost+found/{d}") for d in digests} == {b"1" * 5000, b"2" * 6000}
+
+
+async def test_a_damaged_newest_version_gives_way_to_the_one_before_or_is_named(settings):
+    async with opened(settings) as store:
+        await store.put("f", b"old" * 3000)
+        await store.put("lone", b"x" * 9000)
+        await store.put("keeper", b"old" * 3000)  # keeps the old block alive
+        await store.flush()
+        await store.put("f", b"new" * 3000)
+        await store.flush()
+        places = [store.index.blocks(store.find(n).oid)[0].location for n in ("f", "lone")]
+    for at in places:
+        flip(settings.store / f"extents/{at.extent:08d}.cfx", (at.offset + 200) * 8)
+    lose_index(settings)
+    assert rebuild(settings.store, settings.shm_dir, quiet).absent == ["/lone"]
+    async with opened(settings) as store:
+        assert await store.get("f") == b"old" * 3000 and store.namespace.lookup(ROOT, b"lone") is None
+
+
+async def test_bytes_that_only_memory_has_are_kept(settings):
+    async with opened(settings) as store:
+        await store.put("told", b"first")
+        await store.flush()
+        store.mover.flush_batch = lambda first: _nothing()
+        await store.put("dirty", b"d" * 5000)
+        await store.sealer.seal(store.find("dirty").ino)
+        inode = store.namespace.make(ROOT, b"open", stat.S_IFREG | 0o600, 0, 0, home=1)
+        handle = store.files.create_content(inode)
+        with open(store.files.staged_path(inode), "wb") as file:
+            file.write(b"staged bytes")
+        del handle
+    for name in ("index.db", "index.sums"):
+        (settings.store / name).unlink()
+    assert rebuild(settings.store, settings.shm_dir, quiet).lost_and_found == 2
+    async with opened(settings) as store:
+        lost = [name for _, name, _ in store.namespace.listing(store.find("lost+found").ino, 0)]
+        assert {await store.get("lost+found/" + name.decode()) for name in lost} == {b"d" * 5000, b"staged bytes"}
+        assert await store.get("told") == b"first"
+
+
+async def _nothing():
+    return 0
+
+
+async def test_a_record_that_was_dead_when_its_extent_was_sealed_can_live_again(settings):
+    small = Settings(**{**settings.__dict__, "extent_size": 8 * MIB})
+    async with opened(small) as store:
+        store.mover._give_back = _nothing  # as a process that dies before it punches
+        await store.put("gone", b"deleted, but not yet punched" * 100)
+        await store.flush()
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"gone").ino)
+        await store.put("large", os.urandom(8 * MIB))
+        await store.flush()
+    lose_index(settings)
+    assert rebuild(settings.store, settings.shm_dir, quiet).lost_and_found == 1
+    assert fsck.run(settings.store, settings.shm_dir, False, lambda *_: None).exit_code == 0
+
+
+async def test_the_old_index_is_kept_and_dead_manifests_hold_no_extent(settings):
+    async with opened(settings) as store:
+        for _ in range(6):
+            await store.put("f", os.urandom(3 * MIB))
+            await store.flush()
+        store.mover.journal.incomplete = True
+        await store.mover.tell()
+        manifests = store.database.connection.execute("SELECT count(*), sum(snapshot & 1) FROM manifests").fetchone()
+        assert manifests == (1, 1)
+    before = (settings.store / "index.db").read_bytes()
+    kept = rebuild(settings.store, settings.shm_dir, quiet).kept
+    assert (settings.store / kept).read_bytes() == before
+    small = settings.__class__(**{**settings.__dict__, "extent_size": 8 * MIB})
+    async with opened(small) as store:
+        for _ in range(8):
+            await store.put("f", os.urandom(5 * MIB))
+            await store.flush()
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"f").ino)
+        await store.flush()
+        await store.flush()
+        assert store.index.totals()["extents"] <= 2
+
+
+def test_a_manifest_is_read_back_and_a_cut_one_is_refused():
+    told = Told(5, 0o100644, 1, 2, 0, -1, 2**62, 3, b"t\xff", bytes(16), [(1, b"\x80name")], [(b"user.x", b"\0")])
+    manifest = Manifest(7, True, [told], [8, 9], [Listed(bytes(16), 123, [b"f" * 16, b"g" * 16])])
+    payload = encode(manifest)
+    assert decode(payload) == manifest
+    assert all(decode(payload[:n]) is None for n in range(len(payload)))
