@@ -5,6 +5,7 @@ named point (crash.py) is in the middle of an operation by construction; one fro
 states both.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -95,6 +96,16 @@ def verify(folder: Path, journal: Path) -> None:
         ], f"{folder}: {pending} left {[name for name in loose if name in found]}"
 
 
+def start_in_the_end(mount: Mount) -> int:
+    """Mount; a first worker that dies while it opens the store is not replaced, so the command is given again. How often."""
+    for deaths in range(10):
+        if cascadefs("mount", mount.path, "--store", mount.store, *mount.options, env=mount.env).returncode == 0:
+            return deaths
+        if mount.path in set(device.mounts()):
+            device.unmount(mount.path, lazy=True)
+    raise AssertionError((mount.store / "cascadefs.log").read_text()[-3000:])
+
+
 @pytest.fixture(params=list(MODES))
 def killable(request, tmp_path, monkeypatch):
     need_root_and_fuse()
@@ -140,7 +151,7 @@ def test_closed_files_survive_the_death_of_the_whole_tree(killable, tmp_path, ca
     killable.plan.write_text(plan_of(TREE_KILLS, 11))
     middle = 0
     for number in range(TREE_KILLS):
-        killable.start()
+        middle += start_in_the_end(killable)
         status = killable.status()
         running = clients(killable, tmp_path, 1000 * number)
         before, end = len(passed(killable.plan)), time.monotonic() + PATIENCE_S * rng.uniform(0.2, 0.6)
@@ -153,7 +164,7 @@ def test_closed_files_survive_the_death_of_the_whole_tree(killable, tmp_path, ca
         for client in running:
             client.wait(60)
         device.unmount(killable.path, lazy=True)
-        killable.start()
+        middle += start_in_the_end(killable)
         for i in range(CLIENTS):
             if (killable.path / f"c{i}").exists():
                 verify(killable.path / f"c{i}", tmp_path / f"journal{i}")
@@ -170,14 +181,11 @@ def test_a_worker_that_dies_at_once_is_given_up(tmp_path):
     try:
         status = mount.status()
         (mount.path / "f").write_text("kept")
-        for _ in range(5):
-            worker = child_of(status["keeper_pid"])
-            os.kill(worker, signal.SIGSEGV)
-            while is_running(worker):
-                time.sleep(0.005)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while is_running(status["keeper_pid"]) and time.monotonic() < end:
-            time.sleep(0.02)
+            with contextlib.suppress(AssertionError, ProcessLookupError, FileNotFoundError):
+                os.kill(child_of(status["keeper_pid"]), signal.SIGSEGV)
+            time.sleep(0.01)
         assert not is_running(status["keeper_pid"])
         with pytest.raises(OSError, match="not connected"):
             os.stat(mount.path)

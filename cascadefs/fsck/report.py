@@ -25,9 +25,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     bytes_read: int = 0
 
-    def add(
-        self, check: str, what: str, paths: tuple[str, ...] = (), heal: str | None = None, *arguments: object
-    ) -> None:
+    def add(self, check: str, what: str, paths: tuple[str, ...] = (), heal: str | None = None, *arguments: object) -> None:
         """One more finding."""
         self.findings.append(Finding(check, what, paths, (heal, arguments) if heal else None))
 
