@@ -237,7 +237,7 @@ class Files:
         if not inode.home:
             return inode
         found = os.stat(self.staged_path(inode))
-        changed = max(inode.ctime_ns, found.st_mtime_ns)
+        changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
 
@@ -250,3 +250,8 @@ class Files:
         if inode.home:
             os.utime(self.staged_path(inode), ns=(atime, mtime))
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
+
+
+def changed_ns(inode: Inode, mtime_ns: int) -> int:
+    """ctime of an inode whose staged file was modified at `mtime_ns`: a write moves it along, a time that was set does not."""
+    return inode.ctime_ns if mtime_ns == inode.mtime_ns else max(inode.ctime_ns, mtime_ns)

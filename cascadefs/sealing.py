@@ -21,7 +21,7 @@ import trio
 from cascadefs.config import FILE_BYTES_MAX
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
-from cascadefs.files import Files
+from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
@@ -129,7 +129,7 @@ class Sealer:
         with files.database.transaction():
             oid = self._object_of(content).oid if content.size_bytes else None
             files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
-            changed = max(inode.ctime_ns, state.st_mtime_ns)
+            changed = changed_ns(inode, state.st_mtime_ns)
             blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
             files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
         tier.drop_staged(inode.ino)

@@ -307,6 +307,7 @@ class Operations(pyfuse3.Operations):
         """REMOVEXATTR."""
         _refuse_virtual(inode)
         _refuse_fact(name)
+        _refuse_kind(name)
         self.transport.drop_attributes(inode)
         self.names.remove_xattr(inode, name)
 
@@ -378,7 +379,7 @@ class Operations(pyfuse3.Operations):
 
 def without_set_id(mode: int) -> int:
     """`mode` as a change of content or owner leaves it: no set-user-id; no set-group-id where the group may execute."""
-    if not stat.S_ISREG(mode):
+    if stat.S_ISDIR(mode):
         return mode
     return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
 
@@ -396,6 +397,8 @@ def _refuse_fact(name: bytes) -> None:
 def _refuse_kind(name: bytes) -> None:
     if not name.startswith(XATTR_KINDS):
         raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+    if name in XATTR_KINDS:
+        raise pyfuse3.FUSEError(errno.EINVAL)
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> None:
