@@ -246,7 +246,7 @@ class Operations(pyfuse3.Operations):
             await self.files.truncate(inode, attr.st_size)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
-        if columns:
+        if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):
             self.names.update(inode, **columns, ctime_ns=time.time_ns())
         if fields.update_atime or fields.update_mtime:
             atime = attr.st_atime_ns if fields.update_atime else None
@@ -262,7 +262,8 @@ class Operations(pyfuse3.Operations):
             columns["uid"] = attr.st_uid
         if fields.update_gid:
             columns["gid"] = attr.st_gid
-        if columns and not fields.update_mode and not stat.S_ISDIR(mode):
+        timed = fields.update_atime or fields.update_mtime or fields.update_size
+        if not fields.update_mode and not timed:  # chown, also one that names neither owner nor group
             mode = without_set_id(mode)
         if mode != inode.mode:
             columns["mode"] = mode
