@@ -11,7 +11,7 @@ FUSE. Invariants:
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import trio
@@ -41,6 +41,7 @@ class Files:
         self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
+        self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
     def of(self, ino: int) -> Live:
         """The running state of an inode, made when missing."""
@@ -183,15 +184,17 @@ class Files:
             other = self.residency.parking if tier is self.residency.memory else self.residency.memory
             await trio.to_thread.run_sync(other.copy_object, live.source.fd, found.digest)
         if live.source.users > live.sourced:
-            self._move_names(inode.ino)
+            await self._move_names(inode.ino)
             raise os_error(errno.ESTALE, f"inode {inode.ino}")
         tier.unadopt(found.digest, inode.ino)
         self.sources.rename(live.source, ("staged", inode.ino))
         return tier
 
-    def _move_names(self, ino: int) -> None:
+    async def _move_names(self, ino: int) -> None:
         with self.database.transaction():
-            self.index.ref_copies(self.namespace.replace_inode(ino))
+            new = self.namespace.replace_inode(ino)
+            self.index.ref_copies(new)
+        await self.moved(self.namespace.names_of(new))
 
     async def _stage_copy(self, inode: Inode, found: Object) -> Home:
         """A fresh staged file, filled from the best copy."""
@@ -250,6 +253,10 @@ class Files:
         if inode.home:
             os.utime(self.staged_path(inode), ns=(atime, mtime))
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
+
+
+async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:
+    """Without a mount nobody has looked names up."""
 
 
 def changed_ns(inode: Inode, mtime_ns: int) -> int:

@@ -90,6 +90,10 @@ class Namespace:
         """(folder, name) of every entry."""
         yield from self._db.execute("SELECT parent, name FROM entries")
 
+    def names_of(self, ino: int) -> list[tuple[int, bytes]]:
+        """(folder, name) of every entry of an inode."""
+        return self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall()
+
     def parent_of(self, ino: int) -> int:
         """The folder that holds folder `ino`; the root is its own parent."""
         row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()

@@ -72,6 +72,8 @@ class Sealer:
             state = os.fstat(fd)
             if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
                 return False
+            if live.source is not None and not state.st_size:
+                return False  # nothing is no object: its readers would be left with a file that no writer knows
             content = await self._content(fd, state.st_size, tier is self.residency.memory)
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
@@ -127,7 +129,8 @@ class Sealer:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
         with files.database.transaction():
-            oid = self._object_of(content).oid if content.size_bytes else None
+            # An empty file needs no object, a snapshot does: it is what tells "durable and empty" from "never durable".
+            oid = self._object_of(content).oid if content.size_bytes or not inode.nlink else None
             files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=oid is not None)
             changed = changed_ns(inode, state.st_mtime_ns)
             blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds

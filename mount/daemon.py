@@ -117,6 +117,7 @@ class Daemon:
             self.handles = Handles(self.store, self.session.transport, self.passthrough, direct)
             self.operations = Operations(self.store, self.handles, self.virtual)
             self.operations.inform_transport()
+            self.store.files.moved = self.session.forget_names
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()

@@ -243,6 +243,7 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         self.transport.drop_attributes(inode)
         if fields.update_size:
+            self.catch_up()  # a reader that has left must not be taken for one that stays
             await self.files.truncate(inode, attr.st_size)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
