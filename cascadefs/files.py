@@ -38,6 +38,8 @@ class Files:
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
+        self.maps_unseen = False  # whether mappings outlive their handles unseen, as they do in passthrough
+        self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
         self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
@@ -68,7 +70,10 @@ class Files:
                 inode = self.namespace.get(ino)
             elif truncate:
                 os.truncate(self.staged_path(inode), 0)
-            return live.enter(await self._source_for(live, inode), writable)
+            handle = live.enter(await self._source_for(live, inode), writable)
+            if handle.source is not None and not writable:
+                self.readers.add(ino)
+            return handle
         finally:
             live.lock.release()
             self.forget_if_gone(ino)
@@ -103,6 +108,7 @@ class Files:
             del self.live[ino]
         if ino in self.lookups:
             return
+        self.readers.discard(ino)
         inode = self.namespace.find(ino)
         if inode is not None and inode.nlink == 0:
             self.delete(inode)
@@ -149,7 +155,7 @@ class Files:
         """Give an inode a staged file with its bytes (the first `cut_at` of them). Holds the lock of the inode."""
         found = self.index.object(inode.oid) if inode.oid is not None else None
         taken: FileTier | None = None
-        if found is None or (cut_at == 0 and live.source is None):
+        if found is None or (cut_at == 0 and live.source is None and not self._is_mapped(found)):
             home = self.residency.home_for_new()
             os.close(self.residency.tier_of(home).create_staged(inode.ino))
         elif (taken := await self._take_over(live, inode, found)) is not None:
@@ -174,8 +180,11 @@ class Files:
         """
         tier = self.residency.holder(found.digest)
         shared = self.index.refs(found.oid) > 1 and not found.durable
+        twins = [ino for ino in self.index.inodes_of(found.oid) if ino != inode.ino]
         if live.source is None:
             if tier is None or shared or self.sources.find(("object", found.digest)) is not None:
+                return None
+            if twins and tier.is_used_unseen(found.digest):
                 return None
             tier.unadopt(found.digest, inode.ino)
             return tier
@@ -183,12 +192,17 @@ class Files:
         if shared and live.source.users == live.sourced:
             other = self.residency.parking if tier is self.residency.memory else self.residency.memory
             await trio.to_thread.run_sync(other.copy_object, live.source.fd, found.digest)
-        if live.source.users > live.sourced:
+        if live.source.users > live.sourced or (self.maps_unseen and not self.readers.isdisjoint(twins)):
             await self._move_names(inode.ino)
             raise os_error(errno.ESTALE, f"inode {inode.ino}")
         tier.unadopt(found.digest, inode.ino)
         self.sources.rename(live.source, ("staged", inode.ino))
         return tier
+
+    def _is_mapped(self, found: Object) -> bool:
+        """Whether mappings of the only inode that shows this object will have to see what is written next."""
+        tier = self.residency.holder(found.digest)
+        return tier is not None and len(self.index.inodes_of(found.oid)) == 1 and tier.is_used_unseen(found.digest)
 
     async def _move_names(self, ino: int) -> None:
         with self.database.transaction():

@@ -106,6 +106,7 @@ class Daemon:
 
     async def run(self, report: Report) -> None:
         """Serve until unmounted."""
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody breaks while we look is no reason to die
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
@@ -117,6 +118,7 @@ class Daemon:
             self.handles = Handles(self.store, self.session.transport, self.passthrough, direct)
             self.operations = Operations(self.store, self.handles, self.virtual)
             self.operations.inform_transport()
+            self.store.files.maps_unseen = self.passthrough
             self.store.files.moved = self.session.forget_names
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)

@@ -7,6 +7,7 @@ Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invari
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,14 @@ class FileTier:
         """A read-only descriptor that the caller closes."""
         return os.open(self.object_path(digest), os.O_RDONLY | os.O_CLOEXEC)
 
+    def is_used_unseen(self, digest: bytes) -> bool:
+        """Whether somebody reads the copy: a descriptor, or a mapping that outlived its descriptor, which nobody else tells."""
+        fd = self.open_object(digest)
+        try:
+            return not is_only_opener(fd)
+        finally:
+            os.close(fd)
+
     def copy_object(self, source_fd: int, digest: bytes) -> None:
         """Make a copy of an open file an object of this tier. Blocks."""
         partial = self.object_path(digest) + ".new"
@@ -96,6 +105,18 @@ class FileTier:
             with contextlib.suppress(FileNotFoundError):
                 staged += entry.stat().st_blocks * 512
         return staged + sum(self.objects.values())
+
+
+def is_only_opener(read_only_fd: int) -> bool:
+    """Whether no other open file and no mapping of it exists: then, and only then, the kernel grants a write lease."""
+    try:
+        fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as e:
+        if e.errno == errno.EAGAIN:
+            return False
+        raise
+    fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 def copy_file(source_fd: int, path: str) -> None:

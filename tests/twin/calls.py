@@ -17,6 +17,7 @@ AT_FDCWD, AT_SYMLINK_NOFOLLOW = -100, 0x100
 DAY_NS = 86_400 * 10**9
 PAGE = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
 
 
 class Timespec(ctypes.Structure):
@@ -29,6 +30,33 @@ def _check(result: int) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
+
+
+class Area:
+    """A shared mapping by mmap(2) itself: Python's own keeps a descriptor open, and the file's last close would never come."""
+
+    def __init__(self, fd: int, size: int, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, ctypes.c_size_t(size), protection, mmap.MAP_SHARED, fd, ctypes.c_long(0))
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._address, self.size = address, size
+
+    def read(self, start: int, end: int) -> bytes:
+        """Only inside the file: beyond its end the kernel sends SIGBUS."""
+        return ctypes.string_at(self._address + start, end - start)
+
+    def write(self, start: int, data: bytes) -> None:
+        """As read()."""
+        ctypes.memmove(self._address + start, data, len(data))
+
+    def sync(self) -> None:
+        """msync(2)."""
+        _check(_libc.msync(ctypes.c_void_p(self._address), ctypes.c_size_t(self.size), 4))
+
+    def close(self) -> None:
+        """munmap(2)."""
+        _check(_libc.munmap(ctypes.c_void_p(self._address), ctypes.c_size_t(self.size)))
 
 
 def renameat2(old: str, new: str, flags: int) -> None:

@@ -142,10 +142,9 @@ class Walk(RuleBasedStateMachine):
             ino = os.stat(self.sides.at(JUDGE, path)).st_ino
         except OSError:
             return lambda: None
-        own, others = self.sides.users(ino), [u for u in [*self.sides.handles, *self.sides.mappings] if u.ino != ino]
-        if own and others and self.sides.bytes_of(ino) in {self.sides.bytes_of(other.ino) for other in others}:
+        if self.sides.users(ino) and self.sides.has_twin(ino):
             return lambda: self.sides.drop_users(ino)
-        return lambda: None
+        return lambda: self.sides.drop_unseen(ino)
 
     # --- names
 
@@ -478,9 +477,9 @@ class Walk(RuleBasedStateMachine):
             return
         self.sides.hazy.add(mapped.ino)
         for area in mapped.maps:
-            area[offset : offset + size] = content(size, seed)
+            area.write(offset, content(size, seed))
             if sync:
-                area.flush()
+                area.sync()
 
     def read_mapped(self, draw: Draw) -> None:
         pick = draw(PICK)
@@ -488,7 +487,7 @@ class Walk(RuleBasedStateMachine):
         size = draw(st.sampled_from([*SIZES, BIG]))
         mapped = self.mapped(pick)
         end = min(offset + size, mapped.end())
-        self.sides.both("read_mapped", lambda side: Bytes(mapped.maps[side][offset:end]))
+        self.sides.both("read_mapped", lambda side: Bytes(mapped.maps[side].read(offset, max(offset, end))))
 
     # --- what a store does behind the operations
 

@@ -8,7 +8,6 @@ README.md lists as different: inode numbers, allocated blocks, the size of a fol
 import contextlib
 import errno
 import hashlib
-import mmap
 import os
 import stat
 import time
@@ -41,14 +40,14 @@ class Opened:
 class Mapped:
     """One mapping on both sides; `watchers` are O_PATH descriptors, which tell the size and count as no open file."""
 
-    maps: tuple[mmap.mmap, mmap.mmap]
+    maps: tuple[calls.Area, calls.Area]
     watchers: tuple[int, int]
     writable: bool
     ino: int
 
     def end(self) -> int:
         """Bytes that may be touched without SIGBUS on either side."""
-        return min(len(self.maps[JUDGE]), *(os.fstat(fd).st_size for fd in self.watchers))
+        return min(self.maps[JUDGE].size, *(os.fstat(fd).st_size for fd in self.watchers))
 
 
 def outcome(call: Callable[[], Any]) -> tuple[str, Any]:
@@ -117,8 +116,7 @@ class Sides:
         size = os.fstat(opened.fds[JUDGE]).st_size
         if not size:
             return
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        first, second = (mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection) for fd in opened.fds)
+        first, second = (calls.Area(fd, size, writable) for fd in opened.fds)
         watchers = [os.open(f"/proc/self/fd/{fd}", os.O_PATH) for fd in opened.fds]
         self.mappings.append(Mapped((first, second), (watchers[0], watchers[1]), writable, opened.ino))
 
@@ -148,15 +146,26 @@ class Sides:
         """Every name below the root of a side, folders before what is in them."""
         for folder, folders, files in os.walk(self.roots[side]):
             base = Path(folder).relative_to(self.roots[side])
-            for name in sorted(folders) + sorted(files):
+            folders.sort()
+            for name in folders + sorted(files):
                 yield str(base / name) if base != Path() else name
 
-    def bytes_of(self, ino: int) -> bytes | None:
-        """The judge's bytes of an inode, found by a name or a handle of it."""
-        for user in self.users(ino):
-            fd = user.fds[JUDGE] if isinstance(user, Opened) else user.watchers[JUDGE]
-            return calls.read_all(f"/proc/self/fd/{fd}")
-        return None
+    def has_twin(self, ino: int) -> bool:
+        """Whether another file, by name or by handle, has the bytes of this one, which has a user."""
+        used = {u.ino: u.fds[JUDGE] if isinstance(u, Opened) else u.watchers[JUDGE] for u in [*self.handles, *self.mappings]}
+        paths = [self.at(JUDGE, path) for path in self.walk()] + [f"/proc/self/fd/{fd}" for fd in used.values()]
+        own = f"/proc/self/fd/{used[ino]}"
+        size, others = os.stat(own).st_size, (p for p in paths if os.path.isfile(p) and os.stat(p).st_ino != ino)
+        return any(os.stat(p).st_size == size and calls.read_all(p) == calls.read_all(own) for p in others)
+
+    def drop_unseen(self, ino: int) -> None:
+        """README: a mapping whose descriptor is closed may keep old bytes if the file ever had an equal one.
+        Writable ones keep the file from being sealed, so they are always right."""
+        users = self.users(ino)
+        if not any(user.writable for user in users):
+            for user in users:
+                if isinstance(user, Mapped) and not any(isinstance(u, Opened) for u in users):
+                    self.unmap(user)
 
     # --- comparing
 
