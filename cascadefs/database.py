@@ -10,19 +10,23 @@ Owns: the connection and the file index.db. Knows no meaning of the rows: namesp
 import fcntl
 import json
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cascadefs.config import MIB
+from cascadefs.doors import check_file, private_folder
 from cascadefs.errors import StoreError
 
 FORMAT = 1
 BLOCK_BYTES = 4 * MIB  # a Lustre stripe, and large enough that one record header costs 0.1 %
 SECRET_BYTES = 192
+_STORE_ID = re.compile("[0-9a-f]{32}")  # it becomes part of a path
 
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
@@ -76,13 +80,18 @@ def _read_identity(path: Path) -> StoreIdentity:
     try:
         known = json.loads(path.read_text())
         version = known["format"]
+        if version == FORMAT:
+            return _identity(known)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path} cannot be read ({e}); this is no cascadefs store, give another --store") from e
-    if version != FORMAT:
-        raise StoreError(
-            f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}; use a matching version"
-        )
-    return StoreIdentity(known["store_id"], bytes.fromhex(known["secret"]), known["block_bytes"])
+    raise StoreError(f"{path.parent} has store format {version}, this cascadefs reads format {FORMAT}; use a matching version")
+
+
+def _identity(known: dict[str, Any]) -> StoreIdentity:
+    found = StoreIdentity(str(known["store_id"]), bytes.fromhex(known["secret"]), known["block_bytes"])
+    if not _STORE_ID.fullmatch(found.store_id) or len(found.secret) != SECRET_BYTES or found.block_bytes != BLOCK_BYTES:
+        raise ValueError("its values make no sense")
+    return found
 
 
 def _make_identity(path: Path) -> StoreIdentity:
@@ -122,7 +131,9 @@ class Database:
     def __init__(self, folder: Path) -> None:
         """Open or create. Raises StoreError. Holds the lock of the store until close()."""
         check_store_folder(folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        private_folder(folder, follow=True)
+        for name in ("store.json", "index.db", "index.db-wal", "index.db-shm", "cascadefs.log"):
+            check_file(folder / name)
         self.folder = folder
         self._claim_fd = _claim(folder)
         try:

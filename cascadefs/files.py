@@ -18,6 +18,7 @@ import trio
 
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.database import Database
+from cascadefs.doors import open_private, truncate_private
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
@@ -69,7 +70,7 @@ class Files:
                 await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
             elif truncate:
-                os.truncate(self.staged_path(inode), 0)
+                truncate_private(self.staged_path(inode), 0)
             handle = live.enter(await self._source_for(live, inode), writable)
             if handle.source is not None and not writable:
                 self.readers.add(ino)
@@ -131,7 +132,7 @@ class Files:
             return self.sources.share(live.source)
         if inode.home:
             path = self.staged_path(inode)
-            return self.sources.take(("staged", inode.ino), lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return self.sources.take(("staged", inode.ino), lambda: open_private(path, os.O_RDONLY))
         if inode.oid is None:
             return None
         found = self.index.object(inode.oid)
@@ -164,9 +165,10 @@ class Files:
             home = await self._stage_copy(inode, found)
         path = self.residency.tier_of(home).staged_path(inode.ino)
         if cut_at is not None:
-            os.truncate(path, cut_at)
+            truncate_private(path, cut_at)
         else:
-            os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
+            now = self.namespace.get(inode.ino)  # utimens does not wait for the lock
+            os.utime(path, ns=(now.atime_ns, now.mtime_ns), follow_symlinks=False)
         self.dead += self.index.set_content(inode.ino, home, None, inode.size)
         if found is not None and taken is not None:
             self.residency.drop(taken, found.digest)
@@ -226,16 +228,20 @@ class Files:
             os.close(fd)
         return home
 
-    async def truncate(self, ino: int, size_bytes: int) -> None:
-        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX."""
+    async def truncate(self, ino: int, size_bytes: int, by_handle: bool = False) -> None:
+        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX.
+
+        As on tmpfs: by path the size of before changes nothing, by handle it moves the time of modification."""
         if size_bytes > FILE_BYTES_MAX:
             raise os_error(errno.EFBIG, f"inode {ino}")
         live = self.of(ino)
         try:
             async with live.lock:
-                inode = self.namespace.get(ino)
+                inode = self.attributes(ino)
+                if inode.size == size_bytes and not by_handle:
+                    return
                 if inode.home:
-                    os.truncate(self.staged_path(inode), size_bytes)
+                    truncate_private(self.staged_path(inode), size_bytes)
                 else:
                     await self._stage(live, inode, size_bytes)
         finally:
@@ -253,7 +259,7 @@ class Files:
         """As attributes(), for a row that was just read."""
         if not inode.home:
             return inode
-        found = os.stat(self.staged_path(inode))
+        found = os.lstat(self.staged_path(inode))
         changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
@@ -265,7 +271,7 @@ class Files:
         mtime = inode.mtime_ns if mtime_ns is None else mtime_ns
         atime, mtime = (max(-TIME_LIMIT, min(TIME_LIMIT, t)) for t in (atime, mtime))
         if inode.home:
-            os.utime(self.staged_path(inode), ns=(atime, mtime))
+            os.utime(self.staged_path(inode), ns=(atime, mtime), follow_symlinks=False)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
 
 

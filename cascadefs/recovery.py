@@ -52,7 +52,7 @@ def recover(files: Files) -> Recovered:
 
 
 def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
-    if os.path.exists(files.staged_path(inode)):
+    if files.residency.tier_of(inode.home).has_staged(inode.ino):
         files.to_seal[inode.ino] = 0.0
         result.staged += 1
     else:
@@ -61,7 +61,7 @@ def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
 
 def _check_dirty(files: Files, found: Object, result: Recovered) -> None:
     tier = files.residency.holder(found.digest)
-    if tier is not None and os.stat(tier.object_path(found.digest)).st_size == found.size_bytes:
+    if tier is not None and os.lstat(tier.object_path(found.digest)).st_size == found.size_bytes:
         return
     if tier is not None:
         files.residency.drop(tier, found.digest)

@@ -107,7 +107,9 @@ class Residency:
 
     def materialize(self, blocks: Sequence[Block], path: str) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             offset, holes = 0, set[bytes]()
             for block in blocks:

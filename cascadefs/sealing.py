@@ -19,6 +19,7 @@ from itertools import islice
 import trio
 
 from cascadefs.config import FILE_BYTES_MAX
+from cascadefs.doors import open_private
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files, changed_ns
@@ -67,7 +68,7 @@ class Sealer:
 
     async def _seal_locked(self, live: Live, inode: Inode) -> bool:
         tier = self.residency.tier_of(inode.home)
-        fd = os.open(tier.staged_path(inode.ino), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_private(tier.staged_path(inode.ino), os.O_RDONLY)
         try:
             state = os.fstat(fd)
             if state.st_size > FILE_BYTES_MAX or not lease_is_free(fd):
@@ -77,7 +78,7 @@ class Sealer:
             content = await self._content(fd, state.st_size, tier is self.residency.memory)
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
-            self._show_object(live, inode, tier, state, content)
+            self._show_object(live, inode.ino, tier, fd, content)
         finally:
             os.close(fd)
         return True
@@ -122,9 +123,11 @@ class Sealer:
                 result.append((hashing.read_fingerprint(fd, offset, buffer[:length], self.secret), length))
         return result
 
-    def _show_object(self, live: Live, inode: Inode, tier: FileTier, state: os.stat_result, content: Content) -> None:
-        """The transaction of sealing, and the names of the file around it. No await: nothing changes in between."""
+    def _show_object(self, live: Live, ino: int, tier: FileTier, fd: int, content: Content) -> None:
+        """The transaction of sealing, and the names of the file around it. No await: nothing changes in between. Attributes are
+        read again, because chmod and utimens do not wait for the lock."""
         files, adopted = self.files, False
+        inode, state = files.namespace.get(ino), os.fstat(fd)
         if content.size_bytes and self.residency.holder(content.digest) is None:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
@@ -169,15 +172,15 @@ class Sealer:
         namespace = self.files.namespace
         holder = namespace.make_orphan(ORPHAN_MODE, self.residency.home_for_new())
         tier = self.residency.tier_of(holder.home)
-        source = os.open(self.files.staged_path(inode), os.O_RDONLY | os.O_CLOEXEC)
+        source = open_private(self.files.staged_path(inode), os.O_RDONLY)
         live = self.files.of(holder.ino)
         try:
             async with live.lock:
                 await trio.to_thread.run_sync(copy_file, source, tier.staged_path(holder.ino))
-                fd = os.open(tier.staged_path(holder.ino), os.O_RDONLY | os.O_CLOEXEC)
+                fd = open_private(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
-                    self._show_object(live, holder, tier, state, await self._content(fd, state.st_size, False))
+                    self._show_object(live, holder.ino, tier, fd, await self._content(fd, state.st_size, False))
                 finally:
                     os.close(fd)
         except BaseException:

@@ -16,6 +16,7 @@ import trio
 
 from cascadefs.config import Settings
 from cascadefs.database import Database
+from cascadefs.doors import open_private
 from cascadefs.errors import os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
@@ -159,7 +160,7 @@ class Store:
 
 
 def _write(path: str, data: bytes) -> None:
-    with open(path, "r+b", buffering=0) as file:
+    with open(open_private(path, os.O_RDWR), "r+b", buffering=0) as file:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]

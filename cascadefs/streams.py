@@ -11,6 +11,7 @@ from functools import partial
 
 import trio
 
+from cascadefs.doors import open_private
 from cascadefs.errors import os_error
 from cascadefs.files import Files
 from cascadefs.types import Block
@@ -52,7 +53,7 @@ class Streams:
         return b"".join(parts)
 
     async def _read_file(self, path: str, offset: int, size: int) -> bytes:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_private(path, os.O_RDONLY)
         try:
             return await trio.to_thread.run_sync(_read_fully, fd, offset, size)
         finally:

@@ -244,7 +244,7 @@ class Operations(pyfuse3.Operations):
         self.transport.drop_attributes(inode)
         if fields.update_size:
             self.catch_up()  # a reader that has left must not be taken for one that stays
-            await self.files.truncate(inode, attr.st_size)
+            await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
         if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):

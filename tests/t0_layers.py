@@ -9,6 +9,7 @@ ROOT = Path(cascadefs.__file__).parent
 ORDER = [
     ["ext"],
     ["errors", "types", "config"],
+    ["doors"],
     ["record"],
     ["policies", "scheduler", "database"],
     ["namespace", "index"],

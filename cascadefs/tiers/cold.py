@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadefs.config import MIB
+from cascadefs.doors import open_private, private_folder
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.record import (
@@ -52,7 +53,7 @@ class ColdTier:
     """Extents of one store. `store_id` and `secret` as in store.json."""
 
     def __init__(self, folder: Path, store_id: str, secret: bytes) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        private_folder(folder)
         self.folder, self._store_id, self._secret = folder, bytes.fromhex(store_id), secret
         self.on_lustre = filesystem_magic(folder) == LUSTRE_MAGIC
 
@@ -66,7 +67,7 @@ class ColdTier:
         path.unlink(missing_ok=True)
         if self.on_lustre and (lfs := shutil.which("lfs")):
             subprocess.run([lfs, "setstripe", "-c", "16", "-S", "4m", path], check=False, timeout=60, capture_output=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_private(path, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(fd, encode_extent_header(self._store_id, number), 0)
             os.fsync(fd)
@@ -114,7 +115,7 @@ class ColdTier:
     def seal(self, number: int, position: int, records: Sequence[tuple[bytes, int, int]]) -> int:
         """Write the footer at `position`; returns the final size in bytes."""
         footer = encode_footer(number, position, [RecordHeader(f, length, offset) for f, offset, length in records])
-        fd = os.open(self.path(number), os.O_RDWR | os.O_CLOEXEC)
+        fd = open_private(self.path(number), os.O_RDWR)
         try:
             os.ftruncate(fd, position)
             _write_fully(fd, footer, position)
@@ -146,7 +147,7 @@ class ColdTier:
     def punch(self, at: Location) -> None:
         """Give the space of a dead record back to the filesystem, where it can."""
         try:
-            fd = os.open(self.path(at.extent), os.O_RDWR | os.O_CLOEXEC)
+            fd = open_private(self.path(at.extent), os.O_RDWR)
         except FileNotFoundError:
             return  # the whole extent went before
         try:
@@ -160,7 +161,7 @@ class ColdTier:
 
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
-        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(self.folder))
+        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.folder))
 
 
 def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -179,11 +180,11 @@ def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
 def open_direct(path: Path, flags: int) -> int:
     """Open with O_DIRECT, without where the filesystem refuses it (tmpfs of old kernels)."""
     try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+        return open_private(path, flags | os.O_DIRECT)
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise
-        return os.open(path, flags | os.O_CLOEXEC)
+        return open_private(path, flags)
 
 
 def _write_fully(fd: int, data: "mmap.mmap | bytes", position: int) -> None:

@@ -8,9 +8,16 @@ Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invari
 import contextlib
 import errno
 import fcntl
+import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from cascadefs.doors import is_ours, open_private, private_folder
+
+_DIGEST, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[1-9][0-9]{0,17}")
+log = logging.getLogger(__name__)
 
 
 class FileTier:
@@ -19,14 +26,14 @@ class FileTier:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for part in (folder, folder / "staged", folder / "objects"):
-            part.mkdir(mode=0o700, exist_ok=True)
+            private_folder(part)
         self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
         self.objects: dict[bytes, int] = {}
         for entry in os.scandir(self._objects):
-            if len(entry.name) == 32:
-                self.objects[bytes.fromhex(entry.name)] = entry.stat().st_blocks * 512
+            if _DIGEST.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
+                self.objects[bytes.fromhex(entry.name)] = entry.stat(follow_symlinks=False).st_blocks * 512
             else:
-                os.unlink(entry.path)
+                _remove_foreign(entry.path)
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
@@ -37,8 +44,21 @@ class FileTier:
         return f"{self._objects}/{digest.hex()}"
 
     def staged(self) -> list[int]:
-        """Inodes with a staged file here."""
-        return [int(name) for name in os.listdir(self._staged) if name.isdigit()]
+        """Inodes with a staged file here. What is no such file is removed."""
+        found = []
+        for entry in os.scandir(self._staged):
+            if _NUMBER.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
+                found.append(int(entry.name))
+            else:
+                _remove_foreign(entry.path)
+        return found
+
+    def has_staged(self, ino: int) -> bool:
+        """Whether the mutable bytes of an inode are here."""
+        try:
+            return is_ours(os.lstat(self.staged_path(ino)))
+        except FileNotFoundError:
+            return False
 
     def create_staged(self, ino: int) -> int:
         """An empty staged file; returns a read-only descriptor that the caller closes. An old file of that name goes."""
@@ -55,7 +75,7 @@ class FileTier:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         os.link(self.staged_path(ino), path)
-        self.objects[digest] = os.stat(path).st_blocks * 512
+        self.objects[digest] = os.lstat(path).st_blocks * 512
 
     def unadopt(self, digest: bytes, ino: int) -> None:
         """The object's file gets a staged name as well. The object name stays until drop()."""
@@ -77,7 +97,7 @@ class FileTier:
 
     def open_object(self, digest: bytes) -> int:
         """A read-only descriptor that the caller closes."""
-        return os.open(self.object_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        return open_private(self.object_path(digest), os.O_RDONLY)
 
     def is_used_unseen(self, digest: bytes) -> bool:
         """Whether somebody reads the copy: a descriptor, or a mapping that outlived its descriptor, which nobody else tells."""
@@ -96,15 +116,23 @@ class FileTier:
     def place_object(self, path: str, digest: bytes) -> None:
         """A whole file at `path` (same filesystem) becomes the copy of an object."""
         os.rename(path, self.object_path(digest))
-        self.objects[digest] = os.stat(self.object_path(digest)).st_blocks * 512
+        self.objects[digest] = os.lstat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
         """Bytes allocated under the folder."""
         staged = 0
         for entry in os.scandir(self._staged):
             with contextlib.suppress(FileNotFoundError):
-                staged += entry.stat().st_blocks * 512
+                staged += entry.stat(follow_symlinks=False).st_blocks * 512
         return staged + sum(self.objects.values())
+
+
+def _remove_foreign(path: str) -> None:
+    """An unfinished file of ours, or what somebody put here: it is not followed, and goes."""
+    try:
+        os.unlink(path)
+    except IsADirectoryError:
+        log.warning("%s does not belong here; it is left alone", path)
 
 
 def is_only_opener(read_only_fd: int) -> bool:
