@@ -30,6 +30,7 @@ from cascadefs.tiers.cold import lease_is_free
 from cascadefs.tiers.files import FileTier, copy_file
 from cascadefs.types import Block, Home, Inode, Object
 
+DOMAIN_BITS = 8  # of a digest's salt, below the domain
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
 INLINE_BYTES = 64 << 10  # read and hashed in 15 us; handing it to a thread would cost the control thread more
@@ -45,6 +46,7 @@ class Content:
     size_bytes: int
     prints: list[Print]
     known: Object | None
+    domain: int
 
 
 class Sealer:
@@ -75,7 +77,7 @@ class Sealer:
                 return False
             if live.source is not None and not state.st_size:
                 return False  # nothing is no object: its readers would be left with a file that no writer knows
-            content = await self._content(fd, state.st_size, tier is self.residency.memory)
+            content = await self._content(fd, state.st_size, tier is self.residency.memory, self._domain(inode))
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
             self._show_object(live, inode.ino, tier, fd, content)
@@ -83,16 +85,20 @@ class Sealer:
             os.close(fd)
         return True
 
-    async def _content(self, fd: int, size_bytes: int, in_memory: bool) -> Content:
+    def _domain(self, inode: Inode) -> int:
+        """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
+        return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
+
+    async def _content(self, fd: int, size_bytes: int, in_memory: bool, domain: int) -> Content:
         """Fingerprints of the blocks, and the object of the same bytes, confirmed by comparing where a copy is at hand."""
         if in_memory and size_bytes <= INLINE_BYTES:
             prints = self._fingerprints(fd, size_bytes)
         else:
             prints = await trio.to_thread.run_sync(self._fingerprints, fd, size_bytes)
-        for salt in range(SALTS):
+        for salt in range(domain << DOMAIN_BITS, (domain << DOMAIN_BITS) + SALTS):
             digest = digest_of(size_bytes, (fingerprint for fingerprint, _ in prints), salt)
             if self.index.find(digest) is None or await self._same_bytes(fd, digest, size_bytes):
-                return Content(digest, size_bytes, prints, self.index.find(digest))
+                return Content(digest, size_bytes, prints, self.index.find(digest), domain)
         raise os_error(errno.EIO, "too many contents with one fingerprint")
 
     async def _same_bytes(self, fd: int, digest: bytes, size_bytes: int) -> bool:
@@ -144,10 +150,11 @@ class Sealer:
         files.wake()
 
     def _object_of(self, content: Content) -> Object:
-        """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared."""
+        """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared, but not
+        with other domains: their objects share whole contents only."""
         if content.known is not None:
             return content.known
-        parts = [(f, length, self.index.find_block(f, length)) for f, length in content.prints]
+        parts = [(f, length, None if content.domain else self.index.find_block(f, length)) for f, length in content.prints]
         return self.index.add(content.digest, content.size_bytes, parts)
 
     def matches(self, fd: int, blocks: Sequence[Block]) -> bool:
@@ -180,7 +187,9 @@ class Sealer:
                 fd = open_private(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
-                    self._show_object(live, holder.ino, tier, fd, await self._content(fd, state.st_size, False))
+                    self._show_object(
+                        live, holder.ino, tier, fd, await self._content(fd, state.st_size, False, self._domain(inode))
+                    )
                 finally:
                     os.close(fd)
         except BaseException:

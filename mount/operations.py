@@ -198,6 +198,8 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: int, ctx: Context) -> int:
         """OPENDIR."""
+        if is_virtual(inode):
+            _refuse_others(ctx)
         self.catch_up()
         return inode
 
@@ -295,6 +297,7 @@ class Operations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
+            _refuse_others(ctx)
             self.drops_memory = value == b"1"
             return
         _refuse_virtual(inode)
@@ -331,6 +334,7 @@ class Operations(pyfuse3.Operations):
         """OPEN."""
         self.catch_up()
         if is_virtual(inode):
+            _refuse_others(ctx)
             return self._open_text(inode, flags)
         writable = bool(flags & WRITE_FLAGS)
         handle = await self.files.open(inode, writable, bool(flags & os.O_TRUNC))
@@ -389,6 +393,12 @@ def without_set_id(mode: int) -> int:
 def _refuse_virtual(*inodes: int) -> None:
     if any(is_virtual(ino) for ino in inodes):
         raise pyfuse3.FUSEError(errno.EPERM)
+
+
+def _refuse_others(ctx: Context) -> None:
+    """Control is for root and for whoever mounted; the kernel checks the permissions of .cascade, this is the second lock."""
+    if ctx.uid not in (0, os.getuid()):
+        raise pyfuse3.FUSEError(errno.EACCES)
 
 
 def _refuse_fact(name: bytes) -> None:
