@@ -32,6 +32,7 @@ class Index:
         self._database = database
         self._db = database.connection
         self.block_bytes = database.identity.block_bytes
+        self.gone: set[bytes] = set()  # digests of objects that were deleted: their copies are to go
 
     # --- objects and their blocks
 
@@ -140,6 +141,7 @@ class Index:
         self._db.execute("UPDATE objects SET refs=refs-1 WHERE oid=?", (oid,))
         if self.refs(oid) > 0:
             return []
+        self.gone.add(self.object(oid).digest)
         bids = [row[0] for row in self._db.execute("SELECT bid FROM object_blocks WHERE oid=?", (oid,))]
         self._db.execute("DELETE FROM object_blocks WHERE oid=?", (oid,))
         self._db.execute("DELETE FROM objects WHERE oid=?", (oid,))

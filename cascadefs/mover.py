@@ -97,6 +97,7 @@ class Mover:
         while True:
             try:
                 self.residency.make_room()
+                self.residency.tidy_later()
             except Exception:
                 log.exception("eviction failed")
                 await trio.sleep(BACKOFF_S)

@@ -107,7 +107,12 @@ class Sealer:
             return True
         copy = tier.open_object(digest)
         try:
-            return await trio.to_thread.run_sync(partial(hashing.equal, fd, 0, copy, 0, size_bytes, bytearray(1 << 20)))
+            same = await trio.to_thread.run_sync(partial(hashing.equal, fd, 0, copy, 0, size_bytes, bytearray(1 << 20)))
+            return same or self.residency.holder(digest) is None  # the copy was opened for writing: nothing was compared
+        except OSError:
+            if self.residency.holder(digest) is not None:
+                raise
+            return True
         finally:
             os.close(copy)
 
@@ -134,6 +139,8 @@ class Sealer:
         read again, because chmod and utimens do not wait for the lock."""
         files, adopted = self.files, False
         inode, state = files.namespace.get(ino), os.fstat(fd)
+        if content.known is None:
+            self.residency.drop_orphans(content.digest)
         if content.size_bytes and self.residency.holder(content.digest) is None:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
@@ -160,9 +167,11 @@ class Sealer:
     def matches(self, fd: int, blocks: Sequence[Block]) -> bool:
         """Whether a file still holds these blocks. Blocks: in a thread."""
         size_bytes = sum(block.length for block in blocks)
-        return os.fstat(fd).st_size == size_bytes and self._fingerprints(fd, size_bytes) == [
-            (block.fingerprint, block.length) for block in blocks
-        ]
+        expected = [(block.fingerprint, block.length) for block in blocks]
+        try:
+            return os.fstat(fd).st_size == size_bytes and self._fingerprints(fd, size_bytes) == expected
+        except OSError:
+            return False  # it became shorter meanwhile, or cannot be read
 
     # --- fsync of a file that has writers
 
@@ -222,10 +231,13 @@ class Sealer:
         done = 0
         for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
             self.files.to_seal.pop(ino, None)
-            if await self.seal(ino):
-                done += 1
-            elif (live := self.files.live.get(ino)) is None or not live.writers:
-                self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+            sealed = False
+            try:
+                sealed = await self.seal(ino)
+            finally:  # also after an error of the medium
+                if not sealed and ((live := self.files.live.get(ino)) is None or not live.writers):
+                    self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+            done += sealed
         return done
 
 

@@ -102,7 +102,7 @@ class ColdTier:
         view, at, locations = memoryview(data), 0, []
         for piece in batch:
             payload = view[at + HEADER_BYTES : at + HEADER_BYTES + piece.length]
-            if hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret) != piece.fingerprint:
+            if not self._still_there(piece, payload):
                 raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
             header = encode_record_header(RecordHeader(piece.fingerprint, piece.length, position + at))
             view[at : at + HEADER_BYTES] = header
@@ -111,6 +111,15 @@ class ColdTier:
             payload.release()
         view.release()
         return locations, data
+
+    def _still_there(self, piece: Piece, payload: memoryview) -> bool:
+        """Read a piece; False when its file was opened for writing meanwhile and is another one now, or shorter."""
+        try:
+            return hashing.read_fingerprint(piece.fd, piece.offset, payload, self._secret) == piece.fingerprint
+        except OSError:
+            if os.fstat(piece.fd).st_size < piece.offset + piece.length:
+                return False
+            raise
 
     def seal(self, number: int, position: int, records: Sequence[tuple[bytes, int, int]]) -> int:
         """Write the footer at `position`; returns the final size in bytes."""
