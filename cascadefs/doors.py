@@ -60,10 +60,10 @@ def open_private(path: str | Path, flags: int, mode: int = 0o600) -> int:
     raise os_error(errno.EPERM, str(path))
 
 
-def truncate_private(path: str, size_bytes: int) -> None:
-    """truncate(2) of a file of the store."""
+def truncate_private(path: str, size_bytes: int, by_handle: bool = True) -> None:
+    """ftruncate(2) or truncate(2) of a file of the store: they differ in the times of a file that has that size already."""
     fd = open_private(path, os.O_WRONLY)
     try:
-        os.ftruncate(fd, size_bytes)
+        os.truncate(fd if by_handle else f"/proc/self/fd/{fd}", size_bytes)
     finally:
         os.close(fd)

@@ -231,17 +231,17 @@ class Files:
     async def truncate(self, ino: int, size_bytes: int, by_handle: bool = False) -> None:
         """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX.
 
-        As on tmpfs: by path the size of before changes nothing, by handle it moves the time of modification."""
+        As on tmpfs: by path and to the same size it moves the times of a file that has blocks, by handle those of any."""
         if size_bytes > FILE_BYTES_MAX:
             raise os_error(errno.EFBIG, f"inode {ino}")
         live = self.of(ino)
         try:
             async with live.lock:
                 inode = self.attributes(ino)
-                if inode.size == size_bytes and not by_handle:
-                    return
                 if inode.home:
-                    truncate_private(self.staged_path(inode), size_bytes)
+                    truncate_private(self.staged_path(inode), size_bytes, by_handle)
+                elif inode.size == size_bytes and not by_handle:
+                    self._touch(inode)
                 else:
                     await self._stage(live, inode, size_bytes)
         finally:
@@ -250,6 +250,10 @@ class Files:
             self.forget_if_gone(ino)
 
     # --- attributes
+
+    def _touch(self, inode: Inode) -> None:
+        if inode.blocks:
+            self.namespace.update(inode.ino, mtime_ns=(now := time.time_ns()), ctime_ns=now)
 
     def attributes(self, ino: int) -> Inode:
         """The inode, with size, blocks and times of its staged file."""
