@@ -1,4 +1,4 @@
-# make mount | umount | build | test | test-clients | lint | bench | clean
+# make mount | umount | build | test | torture | soak | test-clients | lint | bench | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
@@ -9,9 +9,17 @@ MNT ?= /cascade
 PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
+JUDGE_PACKAGES := stress-ng fio
+# make soak SECONDS=3600 MODE=portable; make torture STEPS=1000 RACES=10 JUDGES=1 for a shorter one.
+SECONDS_GIVEN := $(filter command line environment,$(origin SECONDS))
+SOAK_SECONDS := $(if $(SECONDS_GIVEN),$(SECONDS),600)
+MODE ?= passthrough
+STEPS ?= 50000
+RACES ?= 120
+JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test test-clients lint bench system clean
+.PHONY: mount umount build test torture soak test-clients lint bench system judges clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -21,6 +29,10 @@ umount: build
 	@$(VENV)/bin/cascadefs umount $(MNT)
 
 build: $(VENV)/.built
+
+# What only tests need: public judges of filesystems. Without root they are skipped, and pytest says so.
+judges:
+	@if [ "$$(id -u)" = 0 ]; then $(MAKE) -s system APT_PACKAGES="$(JUDGE_PACKAGES)"; fi
 
 # The list of missing packages is asked of dpkg each time: it costs 20 ms and is always true.
 system:
@@ -48,8 +60,15 @@ $(VENV)/.dev: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev | judges
 	$(PY) -m pytest
+
+# The long forms: STEPS of the random walk in each mode, RACES seconds of sixteen threads, JUDGES seconds for each stressor.
+torture: $(VENV)/.dev | judges
+	TORTURE_STEPS=$(STEPS) RACE_SECONDS=$(RACES) JUDGE_SECONDS=$(JUDGES) $(PY) -m pytest -s tests/t6_machine.py tests/t6_races.py tests/t6_judges.py
+
+soak: $(VENV)/.dev
+	cd tests && $(CURDIR)/$(PY) soak.py --seconds $(SOAK_SECONDS) --mode $(MODE)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
