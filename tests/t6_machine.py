@@ -19,7 +19,7 @@ from twin.machine import Walk
 MIB = 1 << 20
 TORTURE_STEPS = int(os.environ.get("TORTURE_STEPS", "0"))
 SEED = int(os.environ.get("TORTURE_SEED", "0") or time.time_ns() % 1_000_000)
-SHORT_STEPS, STEPS_PER_EXAMPLE = 1500, 100
+SHORT_STEPS, STEPS_PER_EXAMPLE = 800, 100
 # Sealed at once, streamed from 1 MiB on, extents sealed after two blocks: a short walk meets every state of a file.
 CONFIG = 'shm_size = "16MiB"\nseal_delay = 0.0\npromote_limit = "1MiB"\nextent_size = "8MiB"\nbatch_size = "4MiB"\n'
 SETTLE_S = 0.12  # sealing waits for 30 ms without an open or close

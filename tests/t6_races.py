@@ -17,7 +17,7 @@ from recount import recount
 from twin.calls import Area
 
 KIB = 1024
-SECONDS = float(os.environ.get("RACE_SECONDS", "0")) or 6.0
+SECONDS = float(os.environ.get("RACE_SECONDS", "0")) or 3.0
 THREADS, SHARED = 16, 24
 STUCK_S = 60  # nothing here takes a second; a thread that has not moved for so long hangs
 SIZES = (0, 1, 4096, 4097, 20_000, 70_001, 300 * KIB, 5000 * KIB)

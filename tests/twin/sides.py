@@ -192,7 +192,9 @@ class Sides:
             self.both(f"readlink({path!r})", lambda side: os.readlink(self.at(side, path)))
         elif stat.S_ISREG(kind):
             _, data = self.both(f"bytes of {path!r}", lambda side: Bytes(calls.read_all(self.at(side, path))))
-            self._check_holes(path, data)
+            ino = os.lstat(self.at(JUDGE, path)).st_ino
+            if not any(isinstance(user, Mapped) and user.writable for user in self.users(ino)):  # README: portable mode
+                self._check_holes(path, data)
 
     def _check_holes(self, path: str, data: bytes) -> None:
         fd = os.open(self.at(MOUNT, path), os.O_RDONLY)
