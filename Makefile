@@ -1,4 +1,4 @@
-# make mount | umount | build | test | torture | test-clients | lint | bench | clean
+# make mount | umount | build | test | torture | soak | test-clients | lint | bench | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
@@ -9,9 +9,19 @@ MNT ?= /cascade
 PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
+JUDGE_PACKAGES := stress-ng fio
+# make soak SECONDS=3600 MODE=portable; make torture STEPS=1000 RACES=10 JUDGES=1 for a shorter one.
+SECONDS_GIVEN := $(filter command line environment,$(origin SECONDS))
+SOAK_SECONDS := $(if $(SECONDS_GIVEN),$(SECONDS),600)
+MODE ?= passthrough
+STEPS ?= 50000
+KILLS ?= 500
+TREE_KILLS ?= 100
+RACES ?= 120
+JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test torture test-clients lint bench system clean
+.PHONY: mount umount build test torture soak test-clients lint bench system judges clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -21,6 +31,10 @@ umount: build
 	@$(VENV)/bin/cascadefs umount $(MNT)
 
 build: $(VENV)/.built
+
+# What only tests need: public judges of filesystems. Without root they are skipped, and pytest says so.
+judges:
+	@if [ "$$(id -u)" = 0 ]; then $(MAKE) -s system APT_PACKAGES="$(JUDGE_PACKAGES)"; fi
 
 # The list of missing packages is asked of dpkg each time: it costs 20 ms and is always true.
 system:
@@ -48,13 +62,19 @@ $(VENV)/.dev: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev | judges
 	$(PY) -m pytest
 
-# The long forms: more than 10,000 states after a power loss, a fault at every call of the seam,
-# a flipped bit in every byte of a store.
-torture: $(VENV)/.dev
+# The long forms: more than 10,000 states after a power loss, a fault at every call of the seam, a flipped bit in every byte of a
+# store; KILLS of the worker and TREE_KILLS of all; STEPS of the random walk in each mode, RACES seconds of sixteen threads, JUDGES
+# seconds for each stressor.
+torture: $(VENV)/.dev | judges
 	TORTURE=1 $(PY) -m pytest tests/t5_power_loss.py tests/t5_full_media.py tests/t5_fsck.py
+	CASCADEFS_KILLS=$(KILLS) CASCADEFS_TREE_KILLS=$(TREE_KILLS) CASCADEFS_UPGRADE_MIB=1024 $(PY) -m pytest -s tests/t6_kills.py
+	TORTURE_STEPS=$(STEPS) RACE_SECONDS=$(RACES) JUDGE_SECONDS=$(JUDGES) $(PY) -m pytest -s tests/t6_machine.py tests/t6_races.py tests/t6_judges.py
+
+soak: $(VENV)/.dev
+	cd tests && $(CURDIR)/$(PY) soak.py --seconds $(SOAK_SECONDS) --mode $(MODE)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -42,6 +42,12 @@ def _sync(text: str) -> str:
     return text
 
 
+def _dedup(text: str) -> str:
+    if text not in ("store", "user", "off"):
+        raise ValueError("write store (equal contents once), user (once for each owner) or off")
+    return text
+
+
 def default_store() -> Path:
     """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
     scratch = os.environ.get("SCRATCH")
@@ -67,6 +73,7 @@ class Settings:
     shm_dir: Path = _setting(Path, Path("/dev/shm"), help="where the memory tier's folder is made")
     sync: str = _setting(_sync, "fsync", help="fsync: durable at fsync; close: durable at close, too")
     passthrough: bool = _setting(_truth, True, help="let the kernel move the bytes where it can")
+    dedup: str = _setting(_dedup, "store", help="who shares equal contents: store (all), user (files of one owner), off")
     extent_size: int = _setting(_size, GIB, 8 * MIB, 64 * GIB, help="an extent is sealed when it reaches this size")
     promote_limit: int = _setting(
         _size, 256 * MIB, 0, TIB, help="a cold file up to this size is brought to memory before open() answers"

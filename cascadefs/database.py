@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -33,6 +34,7 @@ import xxhash
 from cascadefs import media, sums
 from cascadefs.config import MIB
 from cascadefs.crash import point
+from cascadefs.doors import check_file, private_folder
 from cascadefs.errors import StoreError, from_sqlite
 from cascadefs.health import Health
 from cascadefs.reserve import Reserve
@@ -44,6 +46,7 @@ SECRET_BYTES = 192
 NO_STORE_YET = ("lost+found", "store.new")  # a folder with nothing else is empty; store.new: a creation that a crash ended
 RETRY_S = 10.0  # after a checkpoint that failed
 WAL_FRAMES = 32000  # checkpoint from here on: 32 MB, read back at an opening in 20 ms
+_STORE_ID = re.compile("[0-9a-f]{32}")  # it becomes part of a path
 
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
@@ -117,7 +120,17 @@ def read_identity(path: Path) -> StoreIdentity:
         raise StoreError(f"{what}; use a matching version")
     if damaged:
         raise StoreError(f"{path} is damaged: its checksum is wrong; run cascadefs fsck --repair {path.parent}")
-    return StoreIdentity(known["store_id"], bytes.fromhex(known["secret"]), known["block_bytes"])
+    return _identity(path, known)
+
+
+def _identity(path: Path, known: dict[str, Any]) -> StoreIdentity:
+    try:
+        found = StoreIdentity(str(known["store_id"]), bytes.fromhex(known["secret"]), known["block_bytes"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise StoreError(f"{path} cannot be read ({e}); this is no cascadefs store, give another --store") from e
+    if not _STORE_ID.fullmatch(found.store_id) or len(found.secret) != SECRET_BYTES or found.block_bytes != BLOCK_BYTES:
+        raise StoreError(f"{path} makes no sense; this is no cascadefs store, give another --store")
+    return found
 
 
 def identity_text(identity: StoreIdentity) -> str:
@@ -199,6 +212,9 @@ class Database:
     def __init__(self, folder: Path, claim_fd: int | None = None) -> None:
         """Open or create. Raises StoreError. Holds the lock of the store until close(); one that was claimed before is used."""
         self._claim_fd = claim(folder) if claim_fd is None else os.dup(claim_fd)
+        private_folder(folder, follow=True)
+        for name in ("store.json", "index.db", "index.db-wal", "index.db-shm", "index.sums", "cascadefs.log"):
+            check_file(folder / name)
         self.folder, self.health, self.reserve = folder, Health(), Reserve(folder)
         self.undo: list[Callable[[], Callable[[], None]]] = []
         self.notes: list[str] = []  # what the opening met that is worth a line in the log

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -42,11 +42,15 @@ class Files:
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
+        self.maps_unseen = False  # whether mappings outlive their handles unseen, as they do in passthrough
+        self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
+        self.readers_unknown = False  # a kernel may map files that were opened in an earlier worker's time
         self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
         database.undo.append(self._keep_dead)
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
+        self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
     def of(self, ino: int) -> Live:
         """The running state of an inode, made when missing."""
@@ -73,7 +77,10 @@ class Files:
                 inode = self.namespace.get(ino)
             elif truncate:
                 media.truncate(self.staged_path(inode), 0)
-            return live.enter(await self._source_for(live, inode), writable)
+            handle = live.enter(await self._source_for(live, inode), writable)
+            if handle.source is not None and not writable:
+                self.readers.add(ino)
+            return handle
         finally:
             live.lock.release()
             self.forget_if_gone(ino)
@@ -138,6 +145,7 @@ class Files:
             del self.live[ino]
         if ino in self.lookups:
             return
+        self.readers.discard(ino)
         inode = self.namespace.find(ino)
         if inode is not None and inode.nlink == 0:
             self.leftover.add(ino)
@@ -214,7 +222,7 @@ class Files:
         """Give an inode a staged file with its bytes (the first `cut_at` of them). Holds the lock of the inode."""
         found = self.index.object(inode.oid) if inode.oid is not None else None
         taken: FileTier | None = None
-        if found is None or (cut_at == 0 and live.source is None):
+        if found is None or (cut_at == 0 and live.source is None and not self._is_mapped(found)):
             home = self.residency.home_for_new()
             fd, home = self._create_staged(inode.ino, home)
             os.close(fd)
@@ -227,7 +235,8 @@ class Files:
             if cut_at is not None:
                 media.truncate(path, cut_at)
             else:
-                os.utime(path, ns=(inode.atime_ns, inode.mtime_ns))
+                now = self.namespace.get(inode.ino)  # utimens does not wait for the lock
+                os.utime(path, ns=(now.atime_ns, now.mtime_ns), follow_symlinks=False)
             point("staged")
             self.dead += self.index.set_content(inode.ino, home, None, inode.size)
         except BaseException:
@@ -261,8 +270,11 @@ class Files:
         """
         tier = self.residency.holder(found.digest)
         shared = self.index.refs(found.oid) > 1 and not found.durable
+        twins = [ino for ino in self.index.inodes_of(found.oid) if ino != inode.ino]
         if live.source is None:
             if tier is None or shared or self.sources.find(("object", found.digest)) is not None:
+                return None
+            if twins and tier.is_used_unseen(found.digest):
                 return None
             tier.unadopt(found.digest, inode.ino)
             return tier
@@ -270,16 +282,27 @@ class Files:
         if shared and live.source.users == live.sourced:
             other = self.residency.parking if tier is self.residency.memory else self.residency.memory
             await trio.to_thread.run_sync(other.copy_object, live.source.fd, found.digest)
-        if live.source.users > live.sourced:
-            self._move_names(inode.ino)
+        if live.source.users > live.sourced or (twins and self._may_be_mapped(twins)):
+            await self._move_names(inode.ino)
             raise os_error(errno.ESTALE, f"inode {inode.ino}")
         tier.unadopt(found.digest, inode.ino)
         self.sources.rename(live.source, ("staged", inode.ino))
         return tier
 
-    def _move_names(self, ino: int) -> None:
+    def _may_be_mapped(self, inos: list[int]) -> bool:
+        """Whether a mapping of one of these inodes may exist that no handle tells of."""
+        return self.maps_unseen and (self.readers_unknown or not self.readers.isdisjoint(inos))
+
+    def _is_mapped(self, found: Object) -> bool:
+        """Whether mappings of the only inode that shows this object will have to see what is written next."""
+        tier = self.residency.holder(found.digest)
+        return tier is not None and len(self.index.inodes_of(found.oid)) == 1 and tier.is_used_unseen(found.digest)
+
+    async def _move_names(self, ino: int) -> None:
         with self.database.transaction():
-            self.index.ref_copies(self.namespace.replace_inode(ino))
+            new = self.namespace.replace_inode(ino)
+            self.index.ref_copies(new)
+        await self.moved(self.namespace.names_of(new))
 
     async def _stage_copy(self, inode: Inode, found: Object) -> Home:
         """A fresh staged file, filled from the best copy."""
@@ -309,16 +332,20 @@ class Files:
             else:
                 return home
 
-    async def truncate(self, ino: int, size_bytes: int) -> None:
-        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX."""
+    async def truncate(self, ino: int, size_bytes: int, by_handle: bool = False) -> None:
+        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX.
+
+        As on tmpfs: by path and to the same size it moves the times of a file that has blocks, by handle those of any."""
         if size_bytes > FILE_BYTES_MAX:
             raise os_error(errno.EFBIG, f"inode {ino}")
         live = self.of(ino)
         try:
             async with live.lock:
-                inode = self.namespace.get(ino)
+                inode = self.attributes(ino)
                 if inode.home:
-                    media.truncate(self.staged_path(inode), size_bytes)
+                    media.truncate(self.staged_path(inode), size_bytes, by_handle)
+                elif inode.size == size_bytes and not by_handle:
+                    self._touch(inode)
                 else:
                     await self._stage(live, inode, size_bytes)
         finally:
@@ -327,6 +354,10 @@ class Files:
             self.forget_if_gone(ino)
 
     # --- attributes
+
+    def _touch(self, inode: Inode) -> None:
+        if inode.blocks:
+            self.namespace.update(inode.ino, mtime_ns=(now := time.time_ns()), ctime_ns=now)
 
     def attributes(self, ino: int) -> Inode:
         """The inode, with size, blocks and times of its staged file."""
@@ -337,10 +368,10 @@ class Files:
         if not inode.home:
             return inode
         try:
-            found = os.stat(self.staged_path(inode))
+            found = os.lstat(self.staged_path(inode))
         except FileNotFoundError:  # a creation that failed half-way, and whose name could not be taken back
             return inode
-        changed = max(inode.ctime_ns, found.st_mtime_ns)
+        changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
 
@@ -351,5 +382,14 @@ class Files:
         mtime = inode.mtime_ns if mtime_ns is None else mtime_ns
         atime, mtime = (max(-TIME_LIMIT, min(TIME_LIMIT, t)) for t in (atime, mtime))
         if inode.home:
-            os.utime(self.staged_path(inode), ns=(atime, mtime))
+            os.utime(self.staged_path(inode), ns=(atime, mtime), follow_symlinks=False)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
+
+
+async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:
+    """Without a mount nobody has looked names up."""
+
+
+def changed_ns(inode: Inode, mtime_ns: int) -> int:
+    """ctime of an inode whose staged file was modified at `mtime_ns`: a write moves it along, a time that was set does not."""
+    return inode.ctime_ns if mtime_ns == inode.mtime_ns else max(inode.ctime_ns, mtime_ns)

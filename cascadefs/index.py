@@ -34,6 +34,7 @@ class Index:
         self._database = database
         self._db = database.connection
         self.block_bytes = database.identity.block_bytes
+        self.gone: set[bytes] = set()  # digests of objects that were deleted: their copies are to go
 
     # --- objects and their blocks
 
@@ -174,9 +175,12 @@ class Index:
 
     def _unref(self, oid: int) -> list[Location]:
         """Drop a reference; returns the records nothing points to any more."""
+        if oid == EMPTY_OID:
+            return []
         self._db.execute("UPDATE objects SET refs=refs-1 WHERE oid=?", (oid,))
         if self.refs(oid) > 0:
             return []
+        self.gone.add(self.object(oid).digest)
         bids = [row[0] for row in self._db.execute("SELECT bid FROM object_blocks WHERE oid=?", (oid,))]
         self._db.execute("DELETE FROM object_blocks WHERE oid=?", (oid,))
         self._db.execute("DELETE FROM objects WHERE oid=?", (oid,))

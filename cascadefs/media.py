@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cascadefs.doors import open_private, private_folder, truncate_private
 from cascadefs.record import ALIGN
 
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
@@ -29,8 +30,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_file(path: Path | str, flags: int) -> int:
-    """A descriptor that the caller closes; a new file is for its owner only."""
-    return os.open(path, flags | os.O_CLOEXEC, MODE)
+    """A descriptor that the caller closes; a new file is for its owner only. What is no regular file of ours is EPERM or ELOOP
+    (doors.py), except for a folder that is asked for as one."""
+    if flags & os.O_DIRECTORY:
+        return os.open(path, flags | os.O_CLOEXEC)
+    return open_private(path, flags, MODE)
 
 
 def open_direct(path: Path | str, flags: int) -> int:
@@ -70,9 +74,13 @@ def write_fully(fd: int, data: Buffer, position: int) -> None:
             done = at + put
 
 
-def truncate(file: int | Path | str, size_bytes: int) -> None:
-    """Cut or extend a file, by descriptor or by path."""
-    os.truncate(file, size_bytes)
+def truncate(file: int | Path | str, size_bytes: int, by_handle: bool = True) -> None:
+    """Cut or extend a file, by descriptor or by path; as ftruncate(2) or as truncate(2) does, which differ in the times of a
+    file that has that size already."""
+    if isinstance(file, int):
+        os.truncate(file, size_bytes)
+    else:
+        truncate_private(str(file), size_bytes, by_handle)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -125,12 +133,14 @@ def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def make_folder(path: Path) -> bool:
-    """A folder for its owner only; whether it is new."""
+    """A folder for its owner only; whether it is new. StoreError when it cannot be one (doors.py)."""
+    is_new = True
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
-        return False
-    return True
+        is_new = False
+    private_folder(path)
+    return is_new
 
 
 def remove(path: Path | str) -> None:
@@ -186,10 +196,20 @@ def is_full(folder: Path) -> bool:
     return os.statvfs(folder).f_bavail == 0
 
 
+def is_only_opener(read_only_fd: int) -> bool:
+    """Whether no other open file and no mapping of it exists: then, and only then, the kernel grants a write lease."""
+    return _lease(read_only_fd, fcntl.F_WRLCK)
+
+
 def lease_is_free(read_only_fd: int) -> bool:
     """Whether no writable descriptor and no writable mapping of the file exists: the sealing rule."""
+    return _lease(read_only_fd, fcntl.F_RDLCK)
+
+
+def _lease(read_only_fd: int, kind: int) -> bool:
+    """Whether the kernel grants a lease; it is given back at once."""
     try:
-        fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(read_only_fd, fcntl.F_SETLEASE, kind)
     except OSError as e:
         if e.errno == errno.EAGAIN:
             return False

@@ -118,6 +118,7 @@ class Mover:
         while True:
             try:
                 self.residency.make_room()
+                self.residency.tidy_later()
                 self.files.database.tend()
             except Exception:
                 log.exception("eviction or a checkpoint failed")

@@ -103,6 +103,10 @@ class Namespace:
             yield [(parent, name) for parent, _, name in rows]
             folder, entry = rows[-1][0], rows[-1][1]
 
+    def names_of(self, ino: int) -> list[tuple[int, bytes]]:
+        """(folder, name) of every entry of an inode."""
+        return self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall()
+
     def parent_of(self, ino: int) -> int:
         """The folder that holds folder `ino`; the root is its own parent."""
         row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()

@@ -43,6 +43,7 @@ class Residency:
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self._promotions = 0
+        self._opened_before: set[bytes] = set()
 
     def tier_of(self, home: int) -> FileTier:
         """Where staged bytes of that home lie."""
@@ -113,12 +114,28 @@ class Residency:
             if durable:
                 self.mark_clean(digest)
 
+    def tidy_later(self) -> None:
+        """tidy() for what has come since: deleted objects, and copies that somebody had open the last time."""
+        pending, self._opened_before = self.index.gone | self._opened_before, set()
+        self.index.gone = set()
+        if pending:
+            self.tidy(list(pending))
+
+    def drop_orphans(self, digest: bytes) -> None:
+        """There is no object of this digest: a copy of one that is gone must not pass for the copy of a new one."""
+        for tier in (self.memory, self.parking):
+            if digest in tier.objects:
+                self.drop(tier, digest)
+
     def tidy(self, digests: Sequence[bytes] | None = None) -> None:
         """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
         opened = self.sources.open_objects()
         for tier in (self.memory, self.parking):
             for digest in list(tier.objects) if digests is None else digests:
-                if digest not in tier.objects or digest in opened:
+                if digest not in tier.objects:
+                    continue
+                if digest in opened:
+                    self._opened_before.add(digest)
                     continue
                 found = self.index.find(digest)
                 if found is None or (found.durable and tier is self.parking):
@@ -128,7 +145,8 @@ class Residency:
 
     def materialize(self, blocks: Sequence[Block], path: str) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
-        fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        media.remove(path)
+        fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             offset, holes = 0, set[bytes]()
             for block in blocks:

@@ -23,13 +23,14 @@ from cascadefs.config import FILE_BYTES_MAX
 from cascadefs.crash import point
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
-from cascadefs.files import Files
+from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object
 
+DOMAIN_BITS = 8  # of a digest's salt, below the domain
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
 INLINE_BYTES = 64 << 10  # read and hashed in 15 us; handing it to a thread would cost the control thread more
@@ -45,6 +46,7 @@ class Content:
     size_bytes: int
     prints: list[Print]
     known: Object | None
+    domain: int
 
 
 class Sealer:
@@ -73,26 +75,32 @@ class Sealer:
             state = os.fstat(fd)
             if state.st_size > FILE_BYTES_MAX or not media.lease_is_free(fd):
                 return False
+            if live.source is not None and not state.st_size:
+                return False  # nothing is no object: its readers would be left with a file that no writer knows
             point("leased")
-            content = await self._content(fd, state.st_size, tier is self.residency.memory)
+            content = await self._content(fd, state.st_size, tier is self.residency.memory, self._domain(inode))
             point("hashed")
             if live.source is not None and self.residency.holder(content.digest) is not None:
                 return False  # its readers hold this very file: the double goes when they have closed it
-            self._show_object(live, inode, tier, state, content)
+            self._show_object(live, inode.ino, tier, fd, content)
         finally:
             os.close(fd)
         return True
 
-    async def _content(self, fd: int, size_bytes: int, in_memory: bool) -> Content:
+    def _domain(self, inode: Inode) -> int:
+        """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
+        return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
+
+    async def _content(self, fd: int, size_bytes: int, in_memory: bool, domain: int) -> Content:
         """Fingerprints of the blocks, and the object of the same bytes, confirmed by comparing where a copy is at hand."""
         if in_memory and size_bytes <= INLINE_BYTES:
             prints = self._fingerprints(fd, size_bytes)
         else:
             prints = await trio.to_thread.run_sync(self._fingerprints, fd, size_bytes)
-        for salt in range(SALTS):
+        for salt in range(domain << DOMAIN_BITS, (domain << DOMAIN_BITS) + SALTS):
             digest = digest_of(size_bytes, (fingerprint for fingerprint, _ in prints), salt)
             if self.index.find(digest) is None or await self._same_bytes(fd, digest, size_bytes):
-                return Content(digest, size_bytes, prints, self.index.find(digest))
+                return Content(digest, size_bytes, prints, self.index.find(digest), domain)
         raise os_error(errno.EIO, "too many contents with one fingerprint")
 
     async def _same_bytes(self, fd: int, digest: bytes, size_bytes: int) -> bool:
@@ -101,7 +109,12 @@ class Sealer:
             return True
         copy = tier.open_object(digest)
         try:
-            return await trio.to_thread.run_sync(partial(hashing.equal, fd, 0, copy, 0, size_bytes, bytearray(1 << 20)))
+            same = await trio.to_thread.run_sync(partial(hashing.equal, fd, 0, copy, 0, size_bytes, bytearray(1 << 20)))
+            return same or self.residency.holder(digest) is None  # the copy was opened for writing: nothing was compared
+        except OSError:
+            if self.residency.holder(digest) is not None:
+                raise
+            return True
         finally:
             os.close(copy)
 
@@ -123,9 +136,13 @@ class Sealer:
                 result.append((hashing.read_fingerprint(fd, offset, buffer[:length], self.secret), length))
         return result
 
-    def _show_object(self, live: Live, inode: Inode, tier: FileTier, state: os.stat_result, content: Content) -> None:
-        """The transaction of sealing, and the names of the file around it. No await: nothing changes in between."""
+    def _show_object(self, live: Live, ino: int, tier: FileTier, fd: int, content: Content) -> None:
+        """The transaction of sealing, and the names of the file around it. No await: nothing changes in between. Attributes are
+        read again, because chmod and utimens do not wait for the lock."""
         files, adopted = self.files, False
+        inode, state = files.namespace.get(ino), os.fstat(fd)
+        if content.known is None:
+            self.residency.drop_orphans(content.digest)
         if content.size_bytes and self.residency.holder(content.digest) is None:
             self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
@@ -135,7 +152,7 @@ class Sealer:
                 oid = self._object_of(content).oid if content.size_bytes else None
                 keep = oid is not None
                 files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=keep)
-                changed = max(inode.ctime_ns, state.st_mtime_ns)
+                changed = changed_ns(inode, state.st_mtime_ns)
                 blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
                 files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
         except BaseException:
@@ -149,18 +166,21 @@ class Sealer:
         files.wake()
 
     def _object_of(self, content: Content) -> Object:
-        """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared."""
+        """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared, but not
+        with other domains: their objects share whole contents only."""
         if content.known is not None:
             return content.known
-        parts = [(f, length, self.index.find_block(f, length)) for f, length in content.prints]
+        parts = [(f, length, None if content.domain else self.index.find_block(f, length)) for f, length in content.prints]
         return self.index.add(content.digest, content.size_bytes, parts)
 
     def matches(self, fd: int, blocks: Sequence[Block]) -> bool:
         """Whether a file still holds these blocks. Blocks: in a thread."""
         size_bytes = sum(block.length for block in blocks)
-        return os.fstat(fd).st_size == size_bytes and self._fingerprints(fd, size_bytes) == [
-            (block.fingerprint, block.length) for block in blocks
-        ]
+        expected = [(block.fingerprint, block.length) for block in blocks]
+        try:
+            return os.fstat(fd).st_size == size_bytes and self._fingerprints(fd, size_bytes) == expected
+        except OSError:
+            return False  # it became shorter meanwhile, or cannot be read
 
     # --- fsync of a file that has writers
 
@@ -188,7 +208,9 @@ class Sealer:
                 fd = media.open_file(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
                     state = os.fstat(fd)
-                    self._show_object(live, holder, tier, state, await self._content(fd, state.st_size, False))
+                    self._show_object(
+                        live, holder.ino, tier, fd, await self._content(fd, state.st_size, False, self._domain(inode))
+                    )
                 finally:
                     os.close(fd)
         except BaseException:
@@ -221,15 +243,13 @@ class Sealer:
         done = 0
         for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
             self.files.to_seal.pop(ino, None)
+            sealed = False
             try:
                 sealed = await self.seal(ino)
-            except BaseException:
-                self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
-                raise
-            if sealed:
-                done += 1
-            elif (live := self.files.live.get(ino)) is None or not live.writers:
-                self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+            finally:  # also after an error of the medium
+                if not sealed and ((live := self.files.live.get(ino)) is None or not live.writers):
+                    self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
+            done += sealed
         return done
 
 

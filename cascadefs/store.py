@@ -181,7 +181,7 @@ class Store:
 
 
 def _write(path: str, data: bytes) -> None:
-    with open(path, "r+b", buffering=0) as file:
+    with open(media.open_file(path, os.O_RDWR), "r+b", buffering=0) as file:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]

@@ -118,6 +118,7 @@ class Daemon:
 
     async def run(self, report: Report) -> None:
         """Serve until unmounted."""
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody breaks while we look is no reason to die
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
@@ -132,6 +133,8 @@ class Daemon:
             self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
             once = Once(self.table, transport, self.store.namespace)
             self.operations = Operations(self.store, self.handles, self.virtual, once)
+            self.store.files.maps_unseen, self.store.files.readers_unknown = self.passthrough, self.took_over
+            self.store.files.moved = self.session.forget_names
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
                 self.handles.inherit()

@@ -246,6 +246,8 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: int, ctx: Context) -> int:
         """OPENDIR."""
+        if is_virtual(inode):
+            _refuse_others(ctx)
         self.catch_up()
         return inode
 
@@ -291,10 +293,11 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         self.transport.drop_attributes(inode)
         if fields.update_size:
-            await self.files.truncate(inode, attr.st_size)
+            self.catch_up()  # a reader that has left must not be taken for one that stays
+            await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
-        if columns:
+        if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):
             self.names.update(inode, **columns, ctime_ns=time.time_ns())
         if fields.update_atime or fields.update_mtime:
             atime = attr.st_atime_ns if fields.update_atime else None
@@ -310,7 +313,8 @@ class Operations(pyfuse3.Operations):
             columns["uid"] = attr.st_uid
         if fields.update_gid:
             columns["gid"] = attr.st_gid
-        if columns and not fields.update_mode and not stat.S_ISDIR(mode):
+        timed = fields.update_atime or fields.update_mtime or fields.update_size
+        if not fields.update_mode and not timed:  # chown, also one that names neither owner nor group
             mode = without_set_id(mode)
         if mode != inode.mode:
             columns["mode"] = mode
@@ -341,6 +345,7 @@ class Operations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
+            _refuse_others(ctx)
             self.drops_memory = value == b"1"
             return
         if (inode, name) == (virtual.FOLDER, VERIFY):
@@ -358,6 +363,7 @@ class Operations(pyfuse3.Operations):
         """REMOVEXATTR."""
         _refuse_virtual(inode)
         _refuse_fact(name)
+        _refuse_kind(name)
         self.transport.drop_attributes(inode)
         if not self.once.is_done(ctx):
             with self.once.operation(ctx, inode) as op:
@@ -393,6 +399,7 @@ class Operations(pyfuse3.Operations):
         """OPEN."""
         self.catch_up()
         if is_virtual(inode):
+            _refuse_others(ctx)
             return self._open_text(inode, flags)
         request = self.once.request(ctx)
         self.handles.forget_request(request)
@@ -456,7 +463,7 @@ class Operations(pyfuse3.Operations):
 
 def without_set_id(mode: int) -> int:
     """`mode` as a change of content or owner leaves it: no set-user-id; no set-group-id where the group may execute."""
-    if not stat.S_ISREG(mode):
+    if stat.S_ISDIR(mode):
         return mode
     return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
 
@@ -464,6 +471,12 @@ def without_set_id(mode: int) -> int:
 def _refuse_virtual(*inodes: int) -> None:
     if any(is_virtual(ino) for ino in inodes):
         raise pyfuse3.FUSEError(errno.EPERM)
+
+
+def _refuse_others(ctx: Context) -> None:
+    """Control is for root and for whoever mounted; the kernel checks the permissions of .cascade, this is the second lock."""
+    if ctx.uid not in (0, os.getuid()):
+        raise pyfuse3.FUSEError(errno.EACCES)
 
 
 def _refuse_fact(name: bytes) -> None:
@@ -474,6 +487,8 @@ def _refuse_fact(name: bytes) -> None:
 def _refuse_kind(name: bytes) -> None:
     if not name.startswith(XATTR_KINDS):
         raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+    if name in XATTR_KINDS:
+        raise pyfuse3.FUSEError(errno.EINVAL)
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> None:

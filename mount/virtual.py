@@ -61,7 +61,9 @@ class Virtual:
     def inode(self, ino: int) -> Inode:
         """Attributes; texts have size 0 as in /proc, because they are made when opened."""
         is_folder = ino in (FOLDER, BY_HASH)
-        mode, size = (stat.S_IFDIR | 0o500, 0) if is_folder else (stat.S_IFREG | 0o400, 0)
+        # The owner may write to the folder only so that the kernel lets its attribute drop-memory through.
+        folder_mode = 0o700 if ino == FOLDER else 0o500
+        mode, size = (stat.S_IFDIR | folder_mode, 0) if is_folder else (stat.S_IFREG | 0o400, 0)
         if FIRST < ino < FOLDER:
             size = self.object(ino).size_bytes
         links, now = 2 if is_folder else 1, self._since

@@ -9,6 +9,7 @@ ROOT = Path(cascadefs.__file__).parent
 ORDER = [
     ["ext"],
     ["errors", "types", "config", "crash"],
+    ["doors"],
     ["record", "manifest"],
     ["media", "health"],
     ["reserve", "sums"],

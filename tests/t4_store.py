@@ -240,3 +240,20 @@ async def test_a_store_in_use_is_refused(settings):
     (settings.store / "store.json").write_text('{"format": 99}')
     with pytest.raises(StoreError, match="format 99"):
         Store(settings)
+
+
+async def test_a_content_written_again_does_not_inherit_a_clean_copy(settings):
+    """The copy of a deleted object must not pass for durable: eviction would drop the only bytes there are."""
+    data = os.urandom(MIB)
+    async with opened(settings) as store:
+        await store.put("a", data)
+        await store.flush()
+        digest = store.index.object(store.find("a").oid).digest
+        await store.put("a", b"other")
+        await store.flush()
+        assert store.index.find(digest) is None
+        await store.put("b", data)
+        await store.sealer.seal(store.find("b").ino)
+        found = store.index.find(digest)
+        assert found is not None and (found.durable or digest not in store.residency.clean)
+        assert await store.get("b") == data

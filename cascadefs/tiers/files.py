@@ -6,10 +6,16 @@ Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invari
 """
 
 import contextlib
+import logging
 import os
+import re
 from pathlib import Path
 
 from cascadefs import media
+from cascadefs.doors import is_ours
+
+_DIGEST, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[1-9][0-9]{0,17}")
+log = logging.getLogger(__name__)
 
 
 class FileTier:
@@ -21,11 +27,11 @@ class FileTier:
             media.make_folder(part)
         self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
         self.objects: dict[bytes, int] = {}
-        for name in os.listdir(self._objects):
-            if len(name) == 32:
-                self.objects[bytes.fromhex(name)] = 0  # until Residency.take_copies() tells
+        for entry in os.scandir(self._objects):  # whose a file is, is looked at when it is opened: a stat each
+            if _DIGEST.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                self.objects[bytes.fromhex(entry.name)] = 0  # until Residency.take_copies() tells
             else:
-                media.remove(f"{self._objects}/{name}")
+                _remove_foreign(entry.path)
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
@@ -36,8 +42,21 @@ class FileTier:
         return f"{self._objects}/{digest.hex()}"
 
     def staged(self) -> list[int]:
-        """Inodes with a staged file here."""
-        return [int(name) for name in os.listdir(self._staged) if name.isdigit()]
+        """Inodes with a staged file here. What is no such file is removed."""
+        found = []
+        for entry in os.scandir(self._staged):
+            if _NUMBER.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
+                found.append(int(entry.name))
+            else:
+                _remove_foreign(entry.path)
+        return found
+
+    def has_staged(self, ino: int) -> bool:
+        """Whether the mutable bytes of an inode are here."""
+        try:
+            return is_ours(os.lstat(self.staged_path(ino)))
+        except FileNotFoundError:
+            return False
 
     def create_staged(self, ino: int) -> int:
         """An empty staged file; returns a read-only descriptor that the caller closes. An old file of that name goes."""
@@ -52,7 +71,7 @@ class FileTier:
         """The staged file gets an object's name as well (no copying). The staged name stays until drop_staged()."""
         path = self.object_path(digest)
         media.link(self.staged_path(ino), path)
-        self.objects[digest] = os.stat(path).st_blocks * 512
+        self.objects[digest] = os.lstat(path).st_blocks * 512
 
     def unadopt(self, digest: bytes, ino: int) -> None:
         """The object's file gets a staged name as well. The object name stays until drop()."""
@@ -71,6 +90,14 @@ class FileTier:
         """A read-only descriptor that the caller closes."""
         return media.open_file(self.object_path(digest), os.O_RDONLY)
 
+    def is_used_unseen(self, digest: bytes) -> bool:
+        """Whether somebody reads the copy: a descriptor, or a mapping that outlived its descriptor, which nobody else tells."""
+        fd = self.open_object(digest)
+        try:
+            return not media.is_only_opener(fd)
+        finally:
+            os.close(fd)
+
     def copy_object(self, source_fd: int, digest: bytes) -> None:
         """Make a copy of an open file an object of this tier. Blocks."""
         partial = self.object_path(digest) + ".new"
@@ -80,12 +107,20 @@ class FileTier:
     def place_object(self, path: str, digest: bytes) -> None:
         """A whole file at `path` (same filesystem) becomes the copy of an object."""
         media.rename(path, self.object_path(digest))
-        self.objects[digest] = os.stat(self.object_path(digest)).st_blocks * 512
+        self.objects[digest] = os.lstat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
         """Bytes allocated under the folder."""
         staged = 0
         for entry in os.scandir(self._staged):
             with contextlib.suppress(FileNotFoundError):
-                staged += entry.stat().st_blocks * 512
+                staged += entry.stat(follow_symlinks=False).st_blocks * 512
         return staged + sum(self.objects.values())
+
+
+def _remove_foreign(path: str) -> None:
+    """An unfinished file of ours, or what somebody put here: it is not followed, and goes."""
+    try:
+        media.remove(path)
+    except IsADirectoryError:
+        log.warning("%s does not belong here; it is left alone", path)

@@ -13,6 +13,7 @@ import os
 import time
 from pathlib import Path
 
+from cascadefs.doors import private_folder
 from cascadefs.tiers.files import FileTier
 
 BURST_SHARE = 0.5
@@ -42,7 +43,7 @@ class ShmTier(FileTier):
     """A FileTier with a capacity. `huge` tells whether it has huge pages, `why_not` why it has not."""
 
     def __init__(self, folder: Path, capacity_bytes: int) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        private_folder(folder)
         self.capacity_bytes = capacity_bytes
         self._used, self._counted_until = 0, 0.0
         limit = capacity_bytes + int(available_memory() * BURST_SHARE)
