@@ -20,8 +20,9 @@ MODE = 0o700
 def private_folder(path: Path, follow: bool = False) -> None:
     """Make `path`, or check it: ours, and closed to others (an open one is closed, with one line in the log). `follow`: the
     user may name a store by a symbolic link; what lies inside is never one. Raises StoreError."""
-    path.mkdir(mode=MODE, exist_ok=True) if follow or not path.is_symlink() else None
     try:
+        if follow or not path.is_symlink():
+            path.mkdir(mode=MODE, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError as e:
         raise StoreError(f"{path} is not a folder that can be used ({e.strerror}); remove it or give another --store") from e

@@ -57,5 +57,6 @@ def test_posix(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     if request.node.callspec.params["folder"] == "tmpfs" and KERNEL < (6, 6) and NEW_IN_TMPFS.search(name):
         pytest.skip("the tmpfs of this kernel cannot judge this case")
     if request.node.callspec.params["folder"] != "tmpfs" and name in DIFFERENT:
-        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[name], strict=True))
+        # On a machine so busy that nothing was sealed yet, no two files share anything: then that case may pass.
+        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[name], strict=not name.startswith("sharing/")))
     posix.run_case(name, posix.CASES[name], folder)

@@ -136,7 +136,9 @@ def file_of(folder: Path, number: int) -> Path:
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-def test_disk_put_and_get(folder: Path, loop: asyncio.AbstractEventLoop, directly_opened: list[str], direct: bool) -> None:
+def test_disk_put_and_get(
+    folder: Path, loop: asyncio.AbstractEventLoop, directly_opened: list[str], direct: bool
+) -> None:
     with disk_backend(folder, loop, direct) as backend:
         for number in range(6):
             put(backend, number, seed=number)

@@ -155,7 +155,9 @@ def test_vllm_sees_that_a_block_was_cut_short(folder: Path) -> None:
 def test_vllm_stores_more_than_the_memory_tier_holds(folder: Path) -> None:
     """No ENOSPC, and each block comes back whole, from whichever tier, the first ones first."""
     numbers = range(BLOCKS_BEYOND_MEMORY)
-    in_threads(lambda number: store_block(path_of(folder, number), page_aligned(sample(number, BLOCK_BYTES).data), 0), numbers)
+    in_threads(
+        lambda number: store_block(path_of(folder, number), page_aligned(sample(number, BLOCK_BYTES).data), 0), numbers
+    )
     in_threads(lambda number: check(load_block(path_of(folder, number), BLOCK_BYTES, 0), number), numbers)
 
 
@@ -171,7 +173,9 @@ def model(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("flags", [mmap.MAP_SHARED, mmap.MAP_PRIVATE | mmap.MAP_POPULATE], ids=["shared", "private-populate"])
+@pytest.mark.parametrize(
+    "flags", [mmap.MAP_SHARED, mmap.MAP_PRIVATE | mmap.MAP_POPULATE], ids=["shared", "private-populate"]
+)
 def test_llama_maps_a_model(model: Path, flags: int) -> None:
     expected = sample(1, MODEL_BYTES)
     with open(model, "rb") as file:
@@ -189,7 +193,9 @@ def test_llama_maps_a_model(model: Path, flags: int) -> None:
     mapped.close()
 
 
-@pytest.mark.parametrize("flags", [mmap.MAP_SHARED, mmap.MAP_PRIVATE | mmap.MAP_POPULATE], ids=["shared", "private-populate"])
+@pytest.mark.parametrize(
+    "flags", [mmap.MAP_SHARED, mmap.MAP_PRIVATE | mmap.MAP_POPULATE], ids=["shared", "private-populate"]
+)
 def test_llama_keeps_its_model_when_the_file_is_replaced(model: Path, folder: Path, flags: int) -> None:
     """A newer model is renamed over the mapped one, then deleted: the mapping goes on showing the old bytes."""
     with open(model, "rb") as file:

@@ -304,7 +304,9 @@ def libc_copy(source: int, source_at: int, target: int, target_at: int, length: 
     """copy_file_range through the C library, because Python offers it only where it was built with it."""
     offsets = ctypes.c_int64(source_at), ctypes.c_int64(target_at)
     return int(
-        libc.copy_file_range(source, ctypes.byref(offsets[0]), target, ctypes.byref(offsets[1]), ctypes.c_size_t(length), 0)
+        libc.copy_file_range(
+            source, ctypes.byref(offsets[0]), target, ctypes.byref(offsets[1]), ctypes.c_size_t(length), 0
+        )
     )
 
 

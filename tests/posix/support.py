@@ -189,7 +189,9 @@ def in_child(work: Callable[[], None]) -> None:
     Child(work).finish()
 
 
-def user_work(path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tuple[int, ...] = ()) -> Callable[[], None]:
+def user_work(
+    path: Path, work: Callable[[], None], uid: int = NOBODY, groups: tuple[int, ...] = ()
+) -> Callable[[], None]:
     """work as uid (gid alike), with path as working folder so that the way to path need not be open to uid."""
 
     def drop_then_work() -> None:
