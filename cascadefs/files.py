@@ -232,9 +232,7 @@ class Files:
             home = await self._stage_copy(inode, found)
         try:
             path = self.residency.tier_of(home).staged_path(inode.ino)
-            if cut_at is not None:
-                media.truncate(path, cut_at)
-            else:
+            if cut_at is None:
                 now = self.namespace.get(inode.ino)  # utimens does not wait for the lock
                 os.utime(path, ns=(now.atime_ns, now.mtime_ns), follow_symlinks=False)
             point("staged")
@@ -246,6 +244,8 @@ class Files:
             self.residency.drop(taken, found.digest)
         elif found is not None:
             self.residency.tidy([found.digest])
+        if cut_at is not None:  # not before the row says so: until then these bytes may be the only copy of the object
+            media.truncate(path, cut_at)
 
     def _create_staged(self, ino: int, home: Home) -> tuple[int, Home]:
         """An empty staged file in that home, on the disk when memory refuses it: (read-only descriptor, where it is)."""

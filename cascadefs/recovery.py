@@ -35,6 +35,7 @@ class Recovered:
 def recover(files: Files, keep_orphans: bool = False) -> Recovered:
     """See the invariants. keep_orphans: those that had a name wait for the kernel to forget them."""
     result = Recovered()
+    _part_twins(files)
     with files.database.transaction():
         for ino in files.index.staged_inodes():
             _check_staged(files, files.namespace.get(ino), result)
@@ -64,11 +65,24 @@ def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
         _fall_back(files, inode, result)
 
 
+def _part_twins(files: Files) -> None:
+    """A staged file may still have the name of an object: a crash came between the two. It is written to, so it is no copy of
+    that object; whoever else shows the object has another copy (files.py `_take_over`)."""
+    residency = files.residency
+    for tier in (residency.memory, residency.parking):
+        homes = (files.namespace.get(ino) for ino in files.index.staged_inodes())
+        paths = [tier.staged_path(inode.ino) for inode in homes if residency.tier_of(inode.home) is tier]
+        found = [os.lstat(path) for path in paths if os.path.lexists(path)]
+        twins = {state.st_ino for state in found if state.st_nlink > 1}
+        for digest in list(tier.objects) if twins else ():
+            if os.lstat(tier.object_path(digest)).st_ino in twins:
+                residency.drop(tier, digest)
+
+
 def _check_dirty(files: Files, found: Object, result: Recovered) -> None:
-    tier = files.residency.holder(found.digest)
-    if tier is not None and _is_whole(files, tier, found):
-        return
-    if tier is not None:
+    while (tier := files.residency.holder(found.digest)) is not None:
+        if _is_whole(files, tier, found):
+            return
         files.residency.drop(tier, found.digest)
     for ino in files.index.inodes_of(found.oid):
         _fall_back(files, files.namespace.get(ino), result)

@@ -34,7 +34,7 @@ RESEND_SINCE = (6, 9)  # FUSE_NOTIFY_RESEND: without it the requests of a dead w
 SHORT_LIFE_S = 1.0
 # A worker that ends by a signal of its own making (a crash) or an exit code has a reason that the next one will meet again.
 # SIGKILL comes from outside (a person, the kernel short of memory), and may come often.
-CRASHES_MAX, KILLS_MAX = 5, 200
+CRASHES_MAX, KILLS_MAX = 5, 2000
 UPGRADE_SIGNAL = signal.SIGUSR1
 CHECK_S = 30
 
