@@ -10,11 +10,12 @@ from pathlib import Path
 ALIGN, HEADER = 4096, 64
 REFERENCES = """SELECT inodes.oid AS o FROM inodes WHERE inodes.oid IS NOT NULL
     UNION ALL SELECT durable_oid FROM inodes WHERE durable_oid IS NOT NULL"""
+# durable_oid 0 stands for "durable and empty": no object.
 COUNTS = {
     "objects.refs": f"""SELECT oid, refs, (SELECT count(*) FROM ({REFERENCES}) r WHERE r.o=objects.oid) AS n
         FROM objects WHERE refs<>n""",
     "objects without references": "SELECT oid FROM objects WHERE refs<=0",
-    "dangling inodes.oid": f"SELECT o FROM ({REFERENCES}) WHERE o NOT IN (SELECT oid FROM objects)",
+    "dangling inodes.oid": f"SELECT o FROM ({REFERENCES}) WHERE o<>0 AND o NOT IN (SELECT oid FROM objects)",
     "blocks.refs": """SELECT bid, refs, (SELECT count(*) FROM object_blocks b WHERE b.bid=blocks.bid) AS n
         FROM blocks WHERE refs<>n""",
     "dangling object_blocks": "SELECT oid, bid FROM object_blocks WHERE bid NOT IN (SELECT bid FROM blocks)",

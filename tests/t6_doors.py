@@ -138,8 +138,9 @@ def test_planted_symbolic_links_are_not_followed(mount, tmp_path):
 def test_an_identity_that_leads_out_of_the_memory_folder_is_refused(mount):
     mount.start()
     mount.stop("--drop-memory")
-    known = json.loads((mount.store / "store.json").read_text())
+    text = (mount.store / "store.json").read_text()
+    known = {key: value for key, value in json.loads(text).items() if key != "sum"}  # as stores had it before the checksum
     (mount.store / "store.json").write_text(json.dumps(known | {"store_id": "../../etc/aaaaaaaaaaaaaaaaaaaaaa"}))
     done = cascadefs("mount", mount.path, "--store", mount.store)
-    assert done.returncode == 1 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
-    (mount.store / "store.json").write_text(json.dumps(known))
+    assert done.returncode == 1 and "makes no sense" in done.stderr and len(done.stderr.splitlines()) == 1
+    (mount.store / "store.json").write_text(text)
