@@ -128,7 +128,7 @@ def _identity(path: Path, known: dict[str, Any]) -> StoreIdentity:
         found = StoreIdentity(str(known["store_id"]), bytes.fromhex(known["secret"]), known["block_bytes"])
     except (ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path} cannot be read ({e}); this is no cascadefs store, give another --store") from e
-    if not _STORE_ID.fullmatch(found.store_id) or len(found.secret) != SECRET_BYTES or found.block_bytes != BLOCK_BYTES:
+    if not _STORE_ID.fullmatch(found.store_id) or len(found.secret) != SECRET_BYTES or not 0 < found.block_bytes <= 64 * MIB:
         raise StoreError(f"{path} makes no sense; this is no cascadefs store, give another --store")
     return found
 

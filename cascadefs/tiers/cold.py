@@ -125,9 +125,7 @@ class ColdTier:
             try:
                 found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self.secret)
             except OSError as e:
-                if os.fstat(piece.fd).st_size >= piece.offset + piece.length:
-                    raise UnreadableCopy(e, piece.bid) from e
-                found = b""  # it was opened for writing meanwhile, and cut
+                raise UnreadableCopy(e, piece.bid) from e  # or it was opened for writing meanwhile, and cut
             if found != piece.fingerprint:
                 raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
             header = encode_record_header(RecordHeader(piece.fingerprint, piece.length, position + at))
