@@ -75,7 +75,7 @@ cdef class Transport:
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted
     cdef bint passthrough_agreed
-    cdef bint took_over  # replay_init() was answered, and the kernel told to send again
+    cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
     cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
     cdef uint32_t offered_flags2
     cdef bint made
@@ -207,7 +207,7 @@ cdef class Transport:
         """Say INIT to pyfuse3 in the kernel's stead, which says it once in the life of a mount. Before read_requests().
 
         Its answer stays here; instead the kernel is told to send again what the last worker has not answered. A request that
-        was read before that would come twice: read_requests() only when `has_taken_over`.
+        was read before that would come twice: read_requests() only when `is_ready`.
         """
         cdef uint8_t copy[INIT_MAX]
         cdef size_t size = <size_t>message.shape[0]
@@ -218,9 +218,9 @@ cdef class Transport:
         check(self.forward(copy, size, EIO))
 
     @property
-    def has_taken_over(self):
-        """Whether replay_init() has had its effect."""
-        return self.took_over
+    def is_ready(self):
+        """Whether INIT was answered, the kernel's or that of replay_init(): other requests are served from here on."""
+        return self.ready
 
     @property
     def init_request(self):
@@ -539,8 +539,11 @@ cdef class Transport:
                 self.passthrough_wanted) or self.passthrough_agreed
             if head.unique == REPLAY:
                 self.send_answer(message, REPLY_HEAD, 0, -NOTIFY_RESEND)
-                self.took_over = True
+                self.ready = True
                 return
+            self.to_device(message, size)
+            self.ready = True
+            return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
             edit_open(&self.handles, opened)

@@ -1,7 +1,8 @@
 """The worker of a mount: opens the store, mounts or takes a mount over, serves until unmounted, flushes, leaves.
 
 Owns: the order of coming up and going down, the log, the report to whoever started it. keeper.py starts it. Invariants:
-(1) "mounted" is reported only after the mount answered a request.
+(1) "mounted" is reported only when the kernel has its answer to INIT; whoever started us looks at the mount then, not we: a
+    thread that waits for an answer of its own process cannot be killed, and the keeper would wait for it for ever.
 (2) Whatever fails on the way up of a new mount is one line, and everything done so far is undone.
 (3) After the mount is gone everything is flushed before the process ends; what cannot be flushed stays in memory.
 (4) The first request is read when all that an earlier worker had open is known again.
@@ -148,7 +149,8 @@ class Daemon:
 
     async def _report_when_it_answers(self, report: Report) -> None:
         with trio.fail_after(ANSWER_S):
-            await trio.to_thread.run_sync(os.stat, self.wanted.mountpoint, abandon_on_cancel=True)
+            while not self.session.transport.is_ready:
+                await trio.sleep(0.001)
         self.table.init_request = self.session.transport.init_request
         if self.passthrough and not self.session.transport.negotiated_passthrough:
             self.passthrough, self.why_not = False, "the kernel did not agree to passthrough"

@@ -215,6 +215,10 @@ def in_background(wanted: Mounting) -> str:
     os.waitpid(child, 0)
     if not said.startswith("mounted"):
         raise UserError(said or f"the daemon died; its log is {wanted.configuration.settings.store}/cascadefs.log")
+    try:
+        os.stat(wanted.mountpoint)  # it answers
+    except OSError as e:
+        raise UserError(f"{wanted.mountpoint} was mounted, but does not answer ({e.strerror}); see cascadefs.log") from e
     return said
 
 

@@ -76,7 +76,7 @@ class Session:
     async def _start_reading(self) -> None:
         if self.table.init_request:
             self.transport.replay_init(self.table.init_request)
-            while not self.transport.has_taken_over:  # one answer of pyfuse3 away
+            while not self.transport.is_ready:  # one answer of pyfuse3 away
                 await trio.sleep(0.001)
         token = trio.lowlevel.current_trio_token()
         for _ in range(READERS_PASSTHROUGH if self.wanted else READERS_PORTABLE):
@@ -85,11 +85,20 @@ class Session:
             self._threads.append(thread)
 
     async def forget_names(self, names: list[tuple[int, bytes]]) -> None:
-        """Let the kernel look names up again. In a thread and past the relay: the kernel waits for the lock of the folder,
-        and whoever holds it may wait for an answer of ours."""
+        """Let the kernel look names up again. In a process of its own and past the relay: the kernel waits for the lock of the
+        folder, and whoever holds it may wait for an answer of ours. A thread of ours in that wait could not even be killed."""
         await trio.to_thread.run_sync(self._invalidate, names)
 
     def _invalidate(self, names: list[tuple[int, bytes]]) -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                self._tell_kernel(names)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+    def _tell_kernel(self, names: list[tuple[int, bytes]]) -> None:
         for folder, name in names:
             body = _INVAL_ENTRY.pack(folder, len(name), 0) + name + b"\0"
             with contextlib.suppress(OSError):  # the kernel does not know the name, or the mount is gone
