@@ -10,6 +10,8 @@ from pathlib import Path
 
 POINTS = (
     "created",  # the name is committed, the staged file is not there yet
+    "entering",  # the kernel was told of new files, the index does not know them yet
+    "entered",  # and now it does; nobody has settled them
     "staged",  # an object's bytes have a staged name, the row does not say so yet
     "leased",  # sealing: nobody writes any more
     "hashed",  # sealing: the content is known, nothing has changed yet

@@ -50,6 +50,8 @@ class Files:
         self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
         database.undo.append(self._keep_dead)
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
+        self.sealed: Callable[[int], None] = nobody_waits  # an inode shows an object in memory now
+        self.deleting: Callable[[int], None] = nobody_waits  # an inode is about to be deleted
         self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
     def of(self, ino: int) -> Live:
@@ -177,6 +179,7 @@ class Files:
     def delete(self, inode: Inode) -> None:
         """An inode without name and user goes, and what only it referred to."""
         point("unlinked")
+        self.deleting(inode.ino)
         oids = {oid for oid in (inode.oid, inode.durable_oid) if oid}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
@@ -188,6 +191,14 @@ class Files:
         if inode.home:
             self.residency.tier_of(inode.home).drop_staged(inode.ino)
         self.residency.tidy(digests)
+
+    def read_without_us(self, ino: int, source: Source) -> None:
+        """Somebody has opened an inode for reading, by a source that is open; we only hear of it."""
+        self.last_use = time.monotonic()
+        self.readers.add(ino)
+        self.residency.hits += 1
+        if isinstance(source.key[1], bytes):
+            self.residency.policy.touched(source.key[1])
 
     async def _source_for(self, live: Live, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""
@@ -384,6 +395,10 @@ class Files:
         if inode.home:
             os.utime(self.staged_path(inode), ns=(atime, mtime), follow_symlinks=False)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
+
+
+def nobody_waits(ino: int) -> None:
+    """Without a mount."""
 
 
 async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:

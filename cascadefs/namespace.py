@@ -16,12 +16,13 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cascadefs.config import NAME_MAX, SYMLINK_MAX, XATTR_VALUE_MAX
+from cascadefs.creates import Created
 from cascadefs.database import Database
 from cascadefs.errors import os_error
-from cascadefs.types import Inode
+from cascadefs.types import Home, Inode
 
 ROOT = 1
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
@@ -45,8 +46,8 @@ class Namespace:
             self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
             self._changed.discard(ROOT)  # an empty store has nothing to tell
         # Counted here, not by SQLite: its own counter is one more page in every commit.
-        self.first_ino = max(first_ino, 1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
-        self._inos = itertools.count(self.first_ino)
+        self.first_ino: int = max(first_ino, 1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
+        self._next_ino: int = self.first_ino
         self._ids = itertools.count(1 + self._db.execute("SELECT coalesce(max(id), 0) FROM entries").fetchone()[0])
 
     # --- reading
@@ -139,6 +140,26 @@ class Namespace:
 
     # --- making
 
+    def reserve_ino(self) -> int:
+        """A number for an inode that somebody makes before there is a row of it."""
+        self._next_ino += 1
+        return self._next_ino - 1
+
+    def keep_clear_of(self, ino: int) -> None:
+        """Before any inode was made: that number and lower ones are taken."""
+        self.first_ino = self._next_ino = max(self._next_ino, ino + 1)
+
+    def enter_created(self, created: Sequence[Created], numbers: Sequence[int]) -> None:
+        """Rows and names of files that exist, staged in memory; `numbers` are those of the operations. OSError: none."""
+        folders = dict[int, tuple[int, int]]()
+        with self._database.transaction():
+            for one, op in zip(created, numbers, strict=True):
+                self._insert(one.ino, one.mode, one.uid, one.gid, 1, 0, one.time_ns, None, Home.MEMORY)
+                self._enter(one.folder, one.name, one.ino)
+                folders[one.folder] = one.time_ns, op
+            for folder, (time_ns, op) in folders.items():
+                self._touch_folder(folder, time_ns, 0, op)
+
     def _insert(
         self,
         ino: int | None,
@@ -151,7 +172,7 @@ class Namespace:
         target: bytes | None,
         home: int = 0,
     ) -> int:
-        ino = next(self._inos) if ino is None else ino
+        ino = self.reserve_ino() if ino is None else ino
         self._changed.add(ino)
         self._db.execute(
             "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
@@ -385,7 +406,7 @@ class Namespace:
         """
         with self._database.transaction():
             columns = _COLUMNS.split(", ", 1)[1]
-            new = next(self._inos)
+            new = self.reserve_ino()
             self._changed.update((new, ino))
             self._db.execute(f"INSERT INTO inodes(ino, {columns}) SELECT ?, {columns} FROM inodes WHERE ino=?", (new, ino))
             self._db.execute("UPDATE entries SET ino=? WHERE ino=?", (new, ino))

@@ -8,10 +8,13 @@ Owns: the rules of falling back. Runs once, before anything else uses the store;
     parked copy of an object is kept when its fingerprints say so.
 """
 
+import errno
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cascadefs.creates import Created
 from cascadefs.ext import hashing
 from cascadefs.files import Files
 from cascadefs.namespace import HOLDER
@@ -30,6 +33,20 @@ class Recovered:
     absent: int = 0
     orphans: int = 0
     dropped_files: int = 0
+
+
+def enter_created(files: Files, created: Sequence[Created]) -> None:
+    """Enter files that were made for the kernel just before everything died. What cannot be entered is told, and lost."""
+    for one in created:
+        files.namespace.keep_clear_of(one.ino)
+        if files.namespace.find(one.ino) is not None:
+            continue  # the crash came between the commit and the ring's hearing of it
+        try:
+            files.namespace.enter_created([one], [0])
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ESTALE):
+                raise
+            log.error("a file made just before a crash cannot be entered as %r in folder %d: %s", one.name, one.folder, e)
 
 
 def recover(files: Files, keep_orphans: bool = False) -> Recovered:

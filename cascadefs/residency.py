@@ -9,7 +9,7 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 import contextlib
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -31,6 +31,10 @@ from cascadefs.types import Block, Home, Object
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
+def nobody_holds() -> None:
+    """Without a mount."""
+
+
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
@@ -42,6 +46,7 @@ class Residency:
         self.healer = Healer(index, (memory, parking), cold)
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
+        self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
         self._promotions = 0
         self._opened_before: set[bytes] = set()
 
@@ -76,6 +81,7 @@ class Residency:
         """Evict clean copies as the policy and the scheduler say."""
         if self.memory.used_bytes() + wanted_bytes <= self.memory.capacity_bytes * scheduler.HIGH:
             return
+        self.before_eviction()
         for digest in scheduler.plan_eviction(self.memory_state(), self.policy.victims(), wanted_bytes):
             self.drop(self.memory, digest)
             self.evicted += 1

@@ -164,6 +164,7 @@ class Sealer:
         if live.source is not None and adopted:
             files.sources.rename(live.source, ("object", content.digest))
         files.wake()
+        files.sealed(inode.ino)
 
     def _object_of(self, content: Content) -> Object:
         """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared, but not

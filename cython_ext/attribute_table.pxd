@@ -1,15 +1,16 @@
-# Answers to GETATTR that Python gave in advance: attributes of folders, which the kernel asks for again after each change in them.
+# Answers to GETATTR that Python gave in advance: attributes of folders, which the kernel asks for again after each change in
+# them, and of files that are read, whose times of access it asks for again after each read.
 #
 # Owns: copies of struct fuse_attr_out. A .pxd of inline functions, compiled into fuse_transport. Knows no names.
 # Invariants: (1) What is in the table is what Python would answer: it replaces or drops an entry in the handler that changes
-# the inode, before that handler's reply. (2) At most TABLE_MAX inodes; then a new one is not taken (Python answers it).
+# the inode, before that handler's reply; a file that the transport makes moves the times of its folder here at once. (2) At most TABLE_MAX inodes; then a new one is not taken (Python answers it).
 
 from cython_ext.fuse_abi cimport fuse_attr_out
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.u64_map cimport U64Map, map_free, map_get, map_init, map_put, map_take
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 ctypedef struct AttributeTable:
@@ -68,3 +69,14 @@ cdef inline bint attributes_copy(AttributeTable *table, uint64_t ino, fuse_attr_
         answer[0] = kept[0]
     pthread_mutex_unlock(&table.mutex)
     return kept != NULL
+
+
+cdef inline void attributes_touch(AttributeTable *table, uint64_t ino, int64_t time_ns) noexcept nogil:
+    """Something in a folder changed at that time."""
+    cdef fuse_attr_out *kept
+    pthread_mutex_lock(&table.mutex)
+    kept = <fuse_attr_out *><uintptr_t>map_get(&table.map, ino)
+    if kept != NULL:
+        kept.attr.mtime = kept.attr.ctime = <uint64_t>(time_ns // 1000000000)
+        kept.attr.mtimensec = kept.attr.ctimensec = <uint32_t>(time_ns % 1000000000)
+    pthread_mutex_unlock(&table.mutex)

@@ -1,4 +1,4 @@
-# Requests that nobody waits for (RELEASE, FORGET), kept until Python takes them in one go.
+# What was answered without Python (RELEASE, FORGET, OPEN by a grant), kept until Python takes it in one go.
 #
 # Owns: the use of a ring of bounded size, which lies in memory that outlives the process: who answered a RELEASE may be killed
 # before Python has seen it. A .pxd of inline functions, compiled into fuse_transport. Knows no handle and no inode.
@@ -13,13 +13,15 @@ from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from libc.string cimport memmove
 
 cdef enum:
-    RING_EVENTS = 1 << 16  # a power of two; 1.5 MiB; Python empties it every few milliseconds
+    RING_EVENTS = 1 << 16  # a power of two; 2.5 MiB; Python empties it every few milliseconds
     SEQ_CST = 5  # __ATOMIC_SEQ_CST
 
 ctypedef struct Event:
     uint64_t kind  # an opcode
     uint64_t subject  # file handle or inode
-    uint64_t count
+    uint64_t count  # of lookups forgotten; of an OPEN the inode
+    uint64_t request  # of an OPEN: its unique number
+    uint64_t backing_id
 
 ctypedef struct EventRing:  # counts of events that were put and that are done with; zeros are an empty ring
     uint64_t put
@@ -46,7 +48,8 @@ cdef inline void events_free(EventQueue *queue) noexcept nogil:
     pthread_mutex_destroy(&queue.mutex)
 
 
-cdef inline bint events_put(EventQueue *queue, uint64_t kind, uint64_t subject, uint64_t count) noexcept nogil:
+cdef inline bint events_put(
+        EventQueue *queue, uint64_t kind, uint64_t subject, uint64_t count, uint64_t request, uint64_t backing_id) noexcept nogil:
     """False when the ring is full."""
     cdef Event *event
     cdef bint room
@@ -55,16 +58,26 @@ cdef inline bint events_put(EventQueue *queue, uint64_t kind, uint64_t subject, 
     if room:
         event = &queue.ring.events[queue.ring.put & (RING_EVENTS - 1)]
         event.kind, event.subject, event.count = kind, subject, count
+        event.request, event.backing_id = request, backing_id
         __atomic_store_n(&queue.ring.put, queue.ring.put + 1, SEQ_CST)
     pthread_mutex_unlock(&queue.mutex)
     return room
 
 
-cdef inline bint events_take(EventQueue *queue, Event *event) noexcept nogil:
-    """False when there is none."""
+cdef inline uint64_t events_count(EventQueue *queue) noexcept nogil:
+    """How many were put so far."""
+    cdef uint64_t put
+    pthread_mutex_lock(&queue.mutex)
+    put = queue.ring.put
+    pthread_mutex_unlock(&queue.mutex)
+    return put
+
+
+cdef inline bint events_take(EventQueue *queue, Event *event, uint64_t limit) noexcept nogil:
+    """False when there is none among the first `limit`."""
     cdef bint some
     pthread_mutex_lock(&queue.mutex)
-    some = queue.ring.put != queue.taken
+    some = queue.taken < limit
     if some:
         event[0] = queue.ring.events[queue.taken & (RING_EVENTS - 1)]
         queue.taken += 1
@@ -86,11 +99,11 @@ cdef inline bint keep_forgets(EventQueue *queue, uint8_t *message, size_t size) 
     cdef fuse_forget_one *one = <fuse_forget_one *>(batch + 1)
     cdef uint32_t at
     if head.opcode == FUSE_FORGET:
-        return events_put(queue, FUSE_FORGET, head.nodeid, (<fuse_forget_in *>batch).nlookup)
+        return events_put(queue, FUSE_FORGET, head.nodeid, (<fuse_forget_in *>batch).nlookup, 0, 0)
     if batch.count > (size - sizeof(fuse_in_header) - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one):
         return True  # its length is a lie, and nobody waits to be told so
     for at in range(batch.count):
-        if not events_put(queue, FUSE_FORGET, one[at].nodeid, one[at].nlookup):
+        if not events_put(queue, FUSE_FORGET, one[at].nodeid, one[at].nlookup, 0, 0):
             batch.count -= at
             head.len -= <uint32_t>(at * sizeof(fuse_forget_one))
             memmove(one, one + at, batch.count * sizeof(fuse_forget_one))

@@ -29,6 +29,7 @@ cdef enum:
     FUSE_CREATE = 35
     FUSE_INTERRUPT = 36
     FUSE_NOTIFY_REPLY = 41
+    FUSE_IOCTL = 39
     FUSE_BATCH_FORGET = 42
     FUSE_FALLOCATE = 43
     FUSE_READDIRPLUS = 44
@@ -56,6 +57,15 @@ cdef enum:  # fuse_init_in.flags, fuse_init_out.flags; flags2 holds bits 32 to 6
 cdef enum:  # ioctls of /dev/fuse: _IOW(229, 1, struct fuse_backing_map), _IOW(229, 2, uint32_t)
     DEV_IOC_BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
     DEV_IOC_BACKING_CLOSE = (1 << 30) | (4 << 16) | (229 << 8) | 2
+
+cdef enum:  # what attributes.py says, too
+    STAGED_S = 30
+    SETTLED_S = 3600
+    BLOCK_BYTES = 4096
+    MODE_REGULAR = 0o100000
+    MODE_SETGID = 0o2000
+    OPEN_ACCMODE = 0o3
+    OPEN_TRUNC = 0o1000
 
 cdef enum:
     NOTIFY_RESEND = 7  # notifications have unique 0 and their code where replies have the error
@@ -131,8 +141,49 @@ ctypedef struct fuse_lseek_in:
 ctypedef struct fuse_lseek_out:
     uint64_t offset
 
-ctypedef struct fuse_attr_out:  # attr_valid, attr_valid_nsec, padding, then struct fuse_attr (88 bytes)
-    uint64_t words[13]
+ctypedef struct fuse_attr:
+    uint64_t ino
+    uint64_t size
+    uint64_t blocks
+    uint64_t atime
+    uint64_t mtime
+    uint64_t ctime
+    uint32_t atimensec
+    uint32_t mtimensec
+    uint32_t ctimensec
+    uint32_t mode
+    uint32_t nlink
+    uint32_t uid
+    uint32_t gid
+    uint32_t rdev
+    uint32_t blksize
+    uint32_t flags
+
+ctypedef struct fuse_attr_out:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec
+    uint32_t padding
+    fuse_attr attr
+
+ctypedef struct fuse_open_in:
+    uint32_t flags
+    uint32_t open_flags
+
+ctypedef struct fuse_create_in:  # the name follows
+    uint32_t flags
+    uint32_t mode
+    uint32_t umask
+    uint32_t open_flags
+
+ctypedef struct fuse_create_out:  # struct fuse_entry_out, then struct fuse_open_out
+    uint64_t nodeid
+    uint64_t generation
+    uint64_t entry_valid
+    uint64_t attr_valid
+    uint32_t entry_valid_nsec
+    uint32_t attr_valid_nsec
+    fuse_attr attr
+    fuse_open_out opened
 
 ctypedef struct fuse_getxattr_in:  # the name follows
     uint32_t size

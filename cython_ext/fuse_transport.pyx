@@ -1,39 +1,39 @@
 # The relay between /dev/fuse and pyfuse3, which believes that its end of a socket pair is the device.
 #
-# Owns: message buffers, the handle table, the memory of requests whose answers must be edited, counters. Borrows both
+# Owns: message buffers, the tables, the readers of the device, counters. Borrows both
 # descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
 # A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE, LSEEK),
-# when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), or when Python said beforehand what is
-# so (LOOKUP of absent names, GETATTR of folders in use, GETXATTR of capabilities that no file has); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what is so
+# (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file in advance (CREATE),
+# or has granted the opening of an object (OPEN); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
 # (3) A READ is short only at the end of the file, a WRITE never. A WRITE that finds no space goes to pyfuse3 untouched.
 # (4) A handle is borrowed while its descriptor is in use and not for longer: never while sending or replying.
 # (5) A request is remembered before it is forwarded, so its answer finds it.
-# (6) The loops touch no Python object. Locks: each is held for a few memory accesses and never two at once.
+# (6) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
-from cython_ext.attribute_table cimport (
-    AttributeTable, attributes_copy, attributes_drop, attributes_free, attributes_init, attributes_put)
-from cython_ext.event_queue cimport (
-    Event, EventQueue, EventRing, events_done, events_free, events_init, events_put, events_take, keep_forgets)
+from cython_ext.attribute_table cimport attributes_copy, attributes_drop, attributes_put
+from cython_ext.create_ring cimport SPARES_MAX, CreateRing, Spare, spares_put, spares_withdraw
+from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_put, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
-    Handle, HandleTable, edit_open, handles_borrow, handles_drop, handles_free, handles_init, handles_put, handles_return,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+    Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
     Counters, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
     asks_for_capability, await_ready, count, has_answer, is_told_once, least_bytes, recv, send)
-from cython_ext.name_table cimport (
-    NameTable, is_absent, name_hash, names_add, names_free, names_init, names_remove)
-from cython_ext.positioned_io cimport allocate_range, read_range, seek_content, write_range
+from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
+from cython_ext.open_grants cimport Grant, grants_drop, grants_put
+from cython_ext.own_answers cimport Known, allocate_file, keep_release, known_free, known_init, make_file, open_file, seek_file
+from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop, usleep)
-from cython_ext.u64_map cimport U64Map, map_free, map_full, map_init, map_put, map_take
+from cython_ext.request_memory cimport (
+    REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from libc.errno cimport (
-    EAGAIN, EBADF, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC,
-    EOPNOTSUPP, errno)
+    EAGAIN, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOSYS, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -48,15 +48,15 @@ cdef enum:
     MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
     MAX_MESSAGE = 64 << 20
     LISTING_MAX = 128 << 10  # READDIR: an answer must fit the smallest socket buffer a system may grant (208 KiB)
-    PENDING_SLOTS = 1 << 15  # half of it may be used: 16384 opens under way at once
-    ANSWER_MAX = 16 + 104  # the longest answer made here but READ: a GETATTR
+    ANSWER_MAX = 16 + 144  # the longest answer made here but READ: a CREATE
     SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
-    REQUEST_SLOTS = 1 << 12  # requests whose unique number a handler may ask for; pyfuse3 has 99 handlers at work at most
     INIT_MAX = 256
 
 cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
 
 EVENT_RING_BYTES = sizeof(EventRing)
+CREATE_RING_BYTES = sizeof(CreateRing)
+SPARES_AT_MOST = SPARES_MAX
 FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
@@ -80,49 +80,42 @@ cdef class Transport:
     cdef uint32_t offered_flags2
     cdef bint made
     cdef bint capabilities  # whether any file may have the xattr security.capability
-    cdef HandleTable handles
+    cdef Known known
     cdef ReaderThreads readers
-    cdef pthread_mutex_t mutex  # of pending and requests
-    cdef U64Map pending  # unique -> opcode
-    cdef EventQueue events
-    cdef uint8_t[::1] event_memory  # kept alive
-    cdef uint64_t requests[REQUEST_SLOTS]
-    cdef uint64_t next_request
+    cdef RequestMemory requests
+    cdef uint8_t[::1] event_memory, create_memory  # kept alive
     cdef uint8_t init_message[INIT_MAX]
     cdef size_t init_size
-    cdef NameTable names
-    cdef AttributeTable attributes
     cdef Counters counters
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, uint8_t[::1] events = None,
-                  size_t max_message_bytes = (1 << 20) + (1 << 16)):
-        """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken."""
+                  uint8_t[::1] creates = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
+        """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken.
+        `creates`: CREATE_RING_BYTES of the memory tier, for the files that were made here; without it none is."""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.device_fd, self.socket_fd = device_fd, socket_fd
         self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
         self.reply_buffer = aligned_buffer(max_message_bytes)
-        if map_init(&self.pending, PENDING_SLOTS):
-            raise MemoryError()
-        if handles_init(&self.handles) or names_init(&self.names) or attributes_init(&self.attributes):
-            raise MemoryError()
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
+        self.create_memory = creates
         if <size_t>self.event_memory.shape[0] != sizeof(EventRing):
             raise ValueError("the ring of events has another size")
-        events_init(&self.events, &self.event_memory[0])
-        pthread_mutex_init(&self.mutex, NULL)
+        if creates is not None and <size_t>creates.shape[0] != sizeof(CreateRing):
+            raise ValueError("the ring of creates has another size")
+        if known_init(&self.known, &self.event_memory[0], &creates[0] if creates is not None else NULL):
+            raise MemoryError()
+        self.made = True
+        if requests_init(&self.requests):
+            raise MemoryError()
         pthread_mutex_init(&self.readers.mutex, NULL)
-        self.made = self.capabilities = True
+        self.capabilities = True
 
     def __dealloc__(self):
-        map_free(&self.pending)
         free(self.reply_buffer)
+        requests_free(&self.requests)
         if self.made:
-            handles_free(&self.handles)
-            events_free(&self.events)
-            names_free(&self.names)
-            attributes_free(&self.attributes)
-            pthread_mutex_destroy(&self.mutex)
+            known_free(&self.known)
             pthread_mutex_destroy(&self.readers.mutex)
 
     # --- Python's side -------------------------------------------------------------------------------------------
@@ -175,7 +168,7 @@ cdef class Transport:
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = fh, fd, backing_id, open_flags
         handle.served, handle.writable, handle.size_bytes, handle.busy = served, writable, size_bytes, 0
         with nogil:
-            code = handles_put(&self.handles, handle)
+            code = handles_put(&self.known.handles, handle)
             if code:
                 free(handle)
         check(code)
@@ -183,7 +176,7 @@ cdef class Transport:
     def drop_handle(self, uint64_t fh):
         """Forget `fh`, known or not. Afterwards its descriptor may be closed."""
         with nogil:
-            handles_drop(&self.handles, fh)
+            handles_drop(&self.known.handles, fh)
 
     def backing_open(self, int fd):
         """Register a file for passthrough: its backing_id. Best read-only: then this process does not count as a writer."""
@@ -232,32 +225,63 @@ cdef class Transport:
 
         The highest bit is set when it was sent again.
         """
-        return self.requests[token % REQUEST_SLOTS]
+        return self.requests.uniques[token % REQUEST_SLOTS]
 
     def events_done(self):
         """All that take_events() gave so far has had its effect."""
-        events_done(&self.events)
+        events_done(&self.known.events)
 
-    def take_events(self):
-        """(handles released, [(inode, lookups forgotten)]) since the last call, in their order."""
+    def events_put(self):
+        """How many events there have been; those up to here may be taken once the creates before them are known."""
+        return events_count(&self.known.events)
+
+    def take_events(self, uint64_t limit):
+        """Among the first `limit` and since the last call, in their order: [(handle, inode, request, backing id)] opened by a grant,
+        [handle] released, [(inode, lookups)] forgotten. A handle is opened before it is released."""
         cdef Event event
-        released, forgotten = [], []
-        while events_take(&self.events, &event):
+        opened, released, forgotten = [], [], []
+        while events_take(&self.known.events, &event, limit):
             if event.kind == FUSE_RELEASE:
                 released.append(event.subject)
+            elif event.kind == FUSE_OPEN:
+                opened.append((event.subject, event.count, event.request, event.backing_id))
             else:
                 forgotten.append((event.subject, event.count))
-        return released, forgotten
+        return opened, released, forgotten
+
+    def add_spare(self, uint64_t ino, uint64_t fh, int fd, int backing_id):
+        """An empty file to answer a CREATE with; its handle `fh` was set, `fd` stays open. False when there are enough."""
+        cdef Spare spare
+        spare.ino, spare.fh, spare.fd, spare.backing_id = ino, fh, fd, backing_id
+        return spares_put(&self.known.creates, &spare)
+
+    def withdraw_spare(self):
+        """The inode of a spare that will not be used; 0 when there is none left."""
+        return spares_withdraw(&self.known.creates)
+
+    def number_grants(self, uint64_t first_fh):
+        """Handles made from grants have this number and those that follow. Without it no grant is used."""
+        self.known.grants.next_fh = first_fh
+
+    def grant(self, uint64_t ino, int fd, int backing_id, uint32_t open_flags):
+        """Answer OPEN of this inode for reading from now on. `fd` and the backing id stay open as long as a handle or the grant."""
+        cdef Grant grant
+        grant.fd, grant.backing_id, grant.open_flags = fd, backing_id, open_flags
+        check(grants_put(&self.known.grants, ino, &grant))
+
+    def revoke(self, uint64_t ino):
+        """OPEN is Python's again. Those that were answered are among the events by now."""
+        grants_drop(&self.known.grants, ino)
 
     def set_attributes(self, uint64_t ino, const uint8_t[::1] answer):
         """What GETATTR of an inode is answered with from now on: a struct fuse_attr_out."""
         if answer.shape[0] != sizeof(fuse_attr_out):
             raise ValueError("not a struct fuse_attr_out")
-        check(attributes_put(&self.attributes, ino, <const fuse_attr_out *>&answer[0]))
+        check(attributes_put(&self.known.attributes, ino, <const fuse_attr_out *>&answer[0]))
 
     def drop_attributes(self, uint64_t ino):
         """GETATTR of the inode is Python's again."""
-        attributes_drop(&self.attributes, ino)
+        attributes_drop(&self.known.attributes, ino)
 
     def set_capabilities(self, bint exist):
         """Whether any file may have the xattr security.capability; until told otherwise, none is denied."""
@@ -265,15 +289,15 @@ cdef class Transport:
 
     def add_name(self, uint64_t folder, const uint8_t[::1] name):
         """Before a name can be found in a folder."""
-        check(names_add(&self.names, name_hash(folder, &name[0], <size_t>name.shape[0])))
+        check(names_add(&self.known.names, name_hash(folder, &name[0], <size_t>name.shape[0])))
 
     def remove_name(self, uint64_t folder, const uint8_t[::1] name):
         """After a name can no longer be found."""
-        names_remove(&self.names, name_hash(folder, &name[0], <size_t>name.shape[0]))
+        names_remove(&self.known.names, name_hash(folder, &name[0], <size_t>name.shape[0]))
 
     def names_are_complete(self):
         """Every name of the filesystem was added: from now on others are answered with ENOENT."""
-        self.names.complete = True
+        self.known.names.complete = True
 
     @property
     def negotiated_passthrough(self):
@@ -317,6 +341,10 @@ cdef class Transport:
         cdef fuse_in_header *head = <fuse_in_header *>message
         cdef fuse_io_in *listing = <fuse_io_in *>(message + sizeof(fuse_in_header))
         cdef fuse_attr_out found
+        cdef fuse_create_out made
+        cdef fuse_open_out opened
+        cdef fuse_lseek_out sought
+        cdef int code
         if size < sizeof(fuse_in_header):
             count(&self.counters.malformed, 1)
             return 0
@@ -328,20 +356,27 @@ cdef class Transport:
             return self.take_read(message, size)
         if head.opcode == FUSE_WRITE:
             return self.take_write(message, size)
-        if head.opcode == FUSE_LOOKUP and is_absent(&self.names, message, size):
+        if head.opcode == FUSE_LOOKUP and is_absent(&self.known.names, message, size):
             return self.answer(head.unique, ENOENT, NULL, 0)
         if not self.capabilities and asks_for_capability(message, size):
             return self.answer(head.unique, ENODATA, NULL, 0)
-        if head.opcode == FUSE_GETATTR and attributes_copy(&self.attributes, head.nodeid, &found):
+        if head.opcode == FUSE_GETATTR and attributes_copy(&self.known.attributes, head.nodeid, &found):
             return self.answer(head.unique, 0, &found, sizeof(found))
-        if head.opcode == FUSE_RELEASE and self.keep_release(message):
+        if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
+            return self.answer_open(head.unique, &made, sizeof(made), made.opened.fh)
+        if head.opcode == FUSE_OPEN and self.passthrough_agreed and open_file(&self.known, message, &opened):
+            return self.answer_open(head.unique, &opened, sizeof(opened), opened.fh)
+        if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):
             return self.answer(head.unique, 0, NULL, 0)
-        if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.events, message, size):
+        if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.known.events, message, size):
             return 0
+        if head.opcode == FUSE_IOCTL:  # isatty() at every open() of Python's; the kernel makes ENOTTY of it
+            return self.answer(head.unique, ENOSYS, NULL, 0)
         if head.opcode == FUSE_FALLOCATE:
-            return self.take_fallocate(message)
+            return self.answer(head.unique, allocate_file(&self.known, message), NULL, 0)
         if head.opcode == FUSE_LSEEK:
-            return self.take_lseek(message)
+            code = seek_file(&self.known, message, &sought)
+            return self.answer(head.unique, code, &sought, sizeof(sought))
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
             listing.size = min(listing.size, <uint32_t>LISTING_MAX)
         return self.forward(message, head.len, EIO)
@@ -352,17 +387,17 @@ cdef class Transport:
         cdef uint8_t *data = message + WRITE_HEAD
         cdef uint64_t unique = head.unique
         cdef int64_t got
-        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
+        cdef Handle *handle = handles_borrow(&self.known.handles, arg.fh)
         if handle == NULL:
             return self.forward(message, size, EIO)
         if not handle.served or handle.fd < 0:
-            handles_return(&self.handles, handle)
+            handles_return(&self.known.handles, handle)
             return self.forward(message, size, EIO)
         if arg.size > self.message_max - WRITE_HEAD:
             got = -EINVAL
         else:  # this overwrites the request, which ends where the data begin: in the answer's head only
             got = read_range(handle.fd, data, arg.size, <int64_t>arg.offset)
-        handles_return(&self.handles, handle)
+        handles_return(&self.known.handles, handle)
         if got < 0:
             return self.answer(unique, <int>-got, NULL, 0)
         count(&self.counters.served, 1)
@@ -379,14 +414,14 @@ cdef class Transport:
         if arg.size != size - WRITE_HEAD:
             count(&self.counters.malformed, 1)
             return self.refuse(head, EINVAL)
-        handle = handles_borrow(&self.handles, arg.fh)
+        handle = handles_borrow(&self.known.handles, arg.fh)
         if handle == NULL:
             return self.forward(message, size, EIO)
         if not handle.served or not handle.writable or handle.fd < 0:
-            handles_return(&self.handles, handle)
+            handles_return(&self.known.handles, handle)
             return self.forward(message, size, EIO)
         code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
-        handles_return(&self.handles, handle)
+        handles_return(&self.known.handles, handle)
         if code in (ENOSPC, EDQUOT):
             return self.forward(message, size, ENOSPC)  # Python can make room; the bytes already written it writes again
         if not code:
@@ -394,69 +429,27 @@ cdef class Transport:
         done.size, done.padding = arg.size, 0
         return self.answer(head.unique, code, &done, sizeof(done))
 
-    cdef bint keep_release(self, const uint8_t *message) noexcept nogil:
-        """Put a RELEASE aside for Python. Handles that Python never announced are its own affair."""
-        cdef uint64_t fh = (<fuse_release_in *>(message + sizeof(fuse_in_header))).fh
-        cdef Handle *handle = handles_borrow(&self.handles, fh)
-        if handle == NULL:
-            return False
-        handles_return(&self.handles, handle)
-        return events_put(&self.events, FUSE_RELEASE, fh, 0)
-
-    cdef int take_fallocate(self, uint8_t *message) noexcept nogil:
-        cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef fuse_fallocate_in *arg = <fuse_fallocate_in *>(message + sizeof(fuse_in_header))
-        cdef int code = EOPNOTSUPP
-        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
-        if handle == NULL:
-            return self.refuse(head, EBADF)
-        if handle.fd >= 0:
-            code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
-        handles_return(&self.handles, handle)
-        return self.answer(head.unique, code, NULL, 0)
-
-    cdef int take_lseek(self, uint8_t *message) noexcept nogil:
-        cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef fuse_lseek_in *arg = <fuse_lseek_in *>(message + sizeof(fuse_in_header))
-        cdef fuse_lseek_out out
-        cdef int64_t found
-        cdef Handle *handle = handles_borrow(&self.handles, arg.fh)
-        if handle == NULL:
-            return self.refuse(head, EBADF)
-        found = seek_content(handle.fd, handle.size_bytes, arg.offset, arg.whence)
-        handles_return(&self.handles, handle)
-        out.offset = <uint64_t>found
-        return self.answer(head.unique, 0 if found >= 0 else <int>-found, &out, sizeof(out))
-
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
         """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""
         cdef fuse_in_header *head = <fuse_in_header *>message
         cdef bint remembered = answer_is_edited(head.opcode)
         cdef int code
         if is_told_once(head.opcode):
-            self.note_request(head)
+            note_request(&self.requests, head)
         if head.opcode == FUSE_INIT:
             self.init_size = min(size, <size_t>INIT_MAX)
             memcpy(self.init_message, message, self.init_size)
             self.offered_flags = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags
             self.offered_flags2 = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags2
-        if remembered and not self.remember(head.unique, head.opcode):
+        if remembered and not remember(&self.requests, head.unique, head.opcode):
             return self.refuse(head, ENOMEM)
         code = self.send_request(message, size)
         if not code:
             count(&self.counters.forwarded, 1)
             return 0
         if remembered:
-            self.recall(head.unique)
+            recall(&self.requests, head.unique)
         return self.refuse(head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
-
-    cdef void note_request(self, fuse_in_header *head) noexcept nogil:
-        """Keep the unique number, which libfuse does not hand on, and put where it is kept in the place of the caller's pid."""
-        pthread_mutex_lock(&self.mutex)
-        self.requests[self.next_request % REQUEST_SLOTS] = head.unique
-        head.pid = <uint32_t>(self.next_request % REQUEST_SLOTS)
-        self.next_request += 1
-        pthread_mutex_unlock(&self.mutex)
 
     cdef int send_request(self, const uint8_t *message, size_t size) noexcept nogil:
         # A large datagram needs contiguous kernel memory, which may take a moment to be found.
@@ -481,14 +474,26 @@ cdef class Transport:
     cdef int answer(self, uint64_t unique, int code, const void *body, size_t body_size) noexcept nogil:
         """A small answer; an error has no body. Always 0: the loop goes on."""
         cdef uint8_t message[ANSWER_MAX]
-        cdef size_t at
         if code:
             body_size = 0
-        for at in range(body_size):
-            message[REPLY_HEAD + at] = (<const uint8_t *>body)[at]
+        if body_size:
+            memcpy(message + REPLY_HEAD, body, body_size)
         count(&self.counters.served, 1)
         self.send_answer(message, REPLY_HEAD + body_size, unique, code)
         return 0
+
+    cdef int answer_open(self, uint64_t unique, const void *body, size_t body_size, uint64_t fh) noexcept nogil:
+        """As answer(). An open that the kernel no longer wants (interrupted) has no RELEASE: make one."""
+        cdef uint8_t message[ANSWER_MAX]
+        memcpy(message + REPLY_HEAD, body, body_size)
+        count(&self.counters.served, 1)
+        if self.send_answer(message, REPLY_HEAD + body_size, unique, 0):
+            self.make_release(fh)
+        return 0
+
+    cdef void make_release(self, uint64_t fh) noexcept nogil:
+        if not events_put(&self.known.events, FUSE_RELEASE, fh, 0, 0, 0):
+            count(&self.counters.lost_handles, 1)
 
     cdef int send_answer(self, uint8_t *message, size_t size, uint64_t unique, int code) noexcept nogil:
         cdef fuse_out_header *head = <fuse_out_header *>message
@@ -528,7 +533,7 @@ cdef class Transport:
         if size < REPLY_HEAD:
             count(&self.counters.malformed, 1)
             return
-        opcode = self.recall(head.unique)
+        opcode = recall(&self.requests, head.unique)
         if size > self.message_max or head.len != size:
             count(&self.counters.malformed, 1)
             self.answer(head.unique, EIO, NULL, 0)
@@ -546,27 +551,7 @@ cdef class Transport:
             return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
-            edit_open(&self.handles, opened)
+            edit_open(&self.known.handles, opened)
         code = self.to_device(message, size)
-        # An OPEN that the kernel no longer wants (interrupted) has no RELEASE: make one.
-        if code and opened != NULL and not events_put(&self.events, FUSE_RELEASE, opened.fh, 0):
-            count(&self.counters.lost_handles, 1)
-
-    # --- what is remembered --------------------------------------------------------------------------------------
-
-    cdef bint remember(self, uint64_t unique, uint32_t opcode) noexcept nogil:
-        cdef bint room
-        pthread_mutex_lock(&self.mutex)
-        room = not map_full(&self.pending)
-        if room:
-            map_put(&self.pending, unique, opcode)
-        pthread_mutex_unlock(&self.mutex)
-        return room
-
-    cdef uint32_t recall(self, uint64_t unique) noexcept nogil:
-        """The opcode remembered for `unique`, now forgotten; 0 for none."""
-        cdef uint32_t opcode
-        pthread_mutex_lock(&self.mutex)
-        opcode = <uint32_t>map_take(&self.pending, unique)
-        pthread_mutex_unlock(&self.mutex)
-        return opcode
+        if code and opened != NULL:  # as in answer_open()
+            self.make_release(opened.fh)

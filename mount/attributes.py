@@ -32,7 +32,7 @@ def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
 
 
 def getattr_answer(inode: Inode) -> bytes:
-    """The same for a folder as a struct fuse_attr_out, for the transport to answer GETATTR with."""
+    """The same for a folder or a sealed file as a struct fuse_attr_out, for the transport to answer GETATTR with."""
     times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
     seconds, rest = (t // NS for t in times), (t % NS for t in times)
     numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, BLOCK, 0)

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Daemon:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
             self.device = kept or device.mount(wanted.mountpoint, wanted.options)
-            self.session = Session(self.device, settings.passthrough, table)
+            self.session = Session(self.device, settings.passthrough, table, self.store.creates.memory)
         except BaseException as e:
             if not self.store.residency.memory.objects:
                 self.store.release_memory()
@@ -101,6 +102,8 @@ class Daemon:
             "keeper_pid": self.keeper_pid if os.getppid() == self.keeper_pid else None,
             "restarts": self.table.generation - 1,
             "huge_pages": memory.huge,
+            "granted_opens": self.operations.grants.count,
+            "spare_files": self.operations.spares.count,
             "requests": self.session.transport.counts(),
         }
 
@@ -120,6 +123,7 @@ class Daemon:
     async def run(self, report: Report) -> None:
         """Serve until unmounted."""
         signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody breaks while we look is no reason to die
+        raise_limits()
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
@@ -138,9 +142,7 @@ class Daemon:
             self.store.files.moved = self.session.forget_names
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
-                self.handles.inherit()
-                self.operations.inherited = True
-                self.operations.catch_up()
+                self.operations.inherit()
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()
@@ -165,6 +167,8 @@ class Daemon:
             await trio.sleep(CATCH_UP_S)
             try:
                 self.operations.catch_up()
+                self.operations.spares.refill()
+                self.operations.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")
 
@@ -177,7 +181,10 @@ class Daemon:
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
         self.operations.catch_up()
+        self.operations.spares.withdraw(connected=False)
         self.store.files.sources.closing = lambda source: None
+        with contextlib.suppress(OSError):
+            self.operations.grants.end_all()
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)
         lookups, self.store.files.lookups = self.store.files.lookups, {}
@@ -193,6 +200,12 @@ class Daemon:
             self.store.release_memory()
         self.store.close()
         log.info("unmounted; the daemon leaves")
+
+
+def raise_limits() -> None:
+    """As many descriptors as the system allows: open files and spares have one each."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_log(wanted: Mounting) -> None:

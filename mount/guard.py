@@ -21,11 +21,13 @@ R = TypeVar("R")
 
 
 def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
-    """Wrap one handler. The answers of others are delivered before its own is written: the socket always has room."""
+    """Wrap one handler. It sees the files that the transport has made. The answers of others are delivered before its own is
+    written: the socket always has room."""
 
     @functools.wraps(handler)
     async def run(operations: Any, *args: Any) -> R:
         try:
+            operations.prepare(handler.__name__)
             return await handler(operations, *args)
         except pyfuse3.FUSEError:
             raise

@@ -10,10 +10,12 @@ import contextlib
 import itertools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyfuse3
 
+from cascadefs.creates import Created
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
 from cascadefs.mount.table import KeptHandle, Table
@@ -41,12 +43,16 @@ class Handles:
         self._open: dict[int, Opened] = {}
         self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
         self._numbers = itertools.count((table.generation << 32) + 1)
-        self._flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
+        self.open_flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
         store.files.sources.closing = self._source_closes
+
+    def number(self) -> int:
+        """A number for a handle."""
+        return next(self._numbers)
 
     def add(self, handle: Handle, flags: int, request: int) -> pyfuse3.FileInfo:
         """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2)."""
-        fh = next(self._numbers)
+        fh = self.number()
         try:
             fd = self._announce(fh, handle, flags & os.O_ACCMODE == os.O_WRONLY)
         except BaseException:
@@ -58,30 +64,51 @@ class Handles:
         self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, handle.writable, handle.direct))
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
 
+    def take_spare(self, one: Created, handle: Handle) -> None:
+        """The kernel has opened a file that the transport made."""
+        self._open[one.fh] = Opened(handle, -1)
+        self.table.add_handle(KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False))
+
+    def register(self, source: Source) -> None:
+        """The kernel knows the source's file afterwards."""
+        if not source.backing_id:
+            source.backing_id = self.transport.backing_open(source.fd)
+            self.table.add_backing(source.backing_id)
+
+    def take_granted(self, fh: int, handle: Handle, request: int, backing_id: int) -> None:
+        """The transport has answered an OPEN."""
+        self._open[fh] = Opened(handle, -1)
+        self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, False, False))
+
     def _announce(self, fh: int, handle: Handle, write_only: bool) -> int:
         """Tell the transport of a handle; the descriptor of our own for writing, or -1."""
         source = handle.source
         if source is None:
             size = self.store.namespace.get(handle.ino).size
-            self.transport.set_handle(fh, open_flags=self._flags | FOPEN_DIRECT_IO, size_bytes=size)
+            self.transport.set_handle(fh, open_flags=self.open_flags | FOPEN_DIRECT_IO, size_bytes=size)
         elif self.passthrough and not handle.direct:
-            if not source.backing_id:
-                source.backing_id = self.transport.backing_open(source.fd)
-                self.table.add_backing(source.backing_id)
-            self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self._flags)
+            self.register(source)
+            self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self.open_flags)
         else:
             return self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))
         return -1
 
     def _serve(self, fh: int, source: Source, handle: Handle, direct: bool) -> int:
-        flags = self._flags | (FOPEN_DIRECT_IO if direct else FOPEN_KEEP_CACHE)
+        flags = self.open_flags | (FOPEN_DIRECT_IO if direct else FOPEN_KEEP_CACHE)
         fd = os.open(f"/proc/self/fd/{source.fd}", os.O_RDWR | os.O_CLOEXEC) if handle.writable else -1
         served_fd = fd if fd >= 0 else source.fd
         self.transport.set_handle(fh, fd=served_fd, open_flags=flags, served=True, writable=handle.writable)
         return fd
 
-    def inherit(self) -> None:
-        """Take over what an earlier worker had open. Before the first request."""
+    def inherit(self, opened: Sequence[tuple[int, int, int, int]] = ()) -> None:
+        """Take over what an earlier worker had open, and what its transport had made and `opened` (as take_events() tells)
+        without its knowing. Before the first request."""
+        known = {kept.fh for kept in self.table.handles()}
+        unknown = [KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False) for one in self.store.created]
+        unknown += [KeptHandle(fh, ino, request, backing_id, False, False) for fh, ino, request, backing_id in opened]
+        for kept in unknown:
+            if kept.fh not in known:
+                self.table.add_handle(kept)
         for kept in self.table.handles():
             try:
                 handle = self.store.files.inherit(kept.ino, kept.writable, kept.direct)

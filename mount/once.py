@@ -6,7 +6,7 @@ Owns: the numbers of operations (Namespace invariant 6) and the set of those tha
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pyfuse3
@@ -43,11 +43,24 @@ class Once:
     @contextmanager
     def operation(self, ctx: pyfuse3.RequestContext, ino: int) -> Iterator[int]:
         """The number for a change that touches row `ino`. No await inside: numbers grow in the order of commits."""
-        self._number += 1
-        number = self._number
-        self._table.note_operation(self.request(ctx), number, ino)
+        number = self.number(self.request(ctx), ino)
         try:
             yield number
         except BaseException:
             self._table.drop_operation(number)
             raise
+
+    def number(self, request: int, ino: int) -> int:
+        """The same for a request that nobody waits for; the caller calls drop() when it fails."""
+        self._number += 1
+        self._table.note_operation(request, self._number, ino)
+        return self._number
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """These have changed nothing."""
+        for number in numbers:
+            self._table.drop_operation(number)
+
+    def add_done(self, requests: Iterable[int]) -> None:
+        """An earlier worker answered these, or was about to, and they are carried out."""
+        self._done.update(requests)

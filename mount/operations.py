@@ -5,8 +5,10 @@ writes that found no space. Invariants: (1) Every handler is guarded. (2) What t
 reply is counted in `files.lookups`, and taken off by forget(). (3) Between two awaits a handler is atomic.
 """
 
+import contextlib
 import errno
 import itertools
+import logging
 import os
 import stat
 import time
@@ -18,12 +20,16 @@ from typing import TypeAlias
 import pyfuse3
 import trio
 
+from cascadefs.crash import point
+from cascadefs.creates import Created
 from cascadefs.errors import os_error
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
+from cascadefs.mount.grants import Grants
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
+from cascadefs.mount.spares import Spares
 from cascadefs.mount.virtual import Virtual, is_virtual
 from cascadefs.namespace import RENAME_EXCHANGE, ROOT
 from cascadefs.store import Store
@@ -32,10 +38,14 @@ from cascadefs.types import Inode
 Context: TypeAlias = pyfuse3.RequestContext
 Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
+log = logging.getLogger(__name__)
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
+OF_NAMES = frozenset(
+    ("lookup", "create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "opendir", "readdir")
+)
 DROP_MEMORY = b"user.cascade.drop-memory"
 VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
@@ -53,7 +63,8 @@ class Operations(pyfuse3.Operations):
     def __init__(self, store: Store, handles: Handles, shown: Virtual, once: Once) -> None:
         super().__init__()
         self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
-        self.once = once
+        self.once, self.spares = once, Spares(store, handles)
+        self.grants = Grants(store, handles, self.catch_up_or_fail)
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
@@ -144,6 +155,7 @@ class Operations(pyfuse3.Operations):
             raise
 
     def _gone_name(self, parent: int, name: bytes, ino: int) -> None:
+        self.transport.drop_attributes(ino)
         self.transport.remove_name(parent, name)
         self._folders_changed(parent)
         if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
@@ -167,11 +179,59 @@ class Operations(pyfuse3.Operations):
             await trio.lowlevel.checkpoint()
         self.transport.names_are_complete()
 
-    def catch_up(self) -> None:
-        """Do what the transport put aside because nobody waits for it: releases and forgets."""
-        released, forgotten = self.transport.take_events()
-        if not released and not forgotten:
+    def prepare(self, handler: str) -> None:
+        """Before a handler: it must know the files that the transport has made. If the index cannot take them now, a handler
+        that could miss their names fails, others go on."""
+        try:
+            self.take_creates()
+        except OSError:
+            if handler in OF_NAMES:
+                raise
+
+    def take_creates(self) -> None:
+        """Enter the files that the transport has made since the last call, in one commit. OSError: none; it is tried again."""
+        put = self.store.creates.put
+        created = self.store.creates.pending(put)
+        if not created:
             return
+        point("entering")
+        self.files.last_use = time.monotonic()
+        try:
+            self.store.database.reserve.lend(partial(self._enter, created))
+        except OSError:
+            self.spares.withdraw()
+            raise
+        point("entered")
+        for one in created:
+            self.spares.take(one)
+        self.store.creates.settle(put)
+
+    def _enter(self, created: Sequence[Created]) -> None:
+        numbers = [self.once.number(one.request, one.folder) for one in created]
+        try:
+            self.names.enter_created(created, numbers)
+        except BaseException:
+            self.once.drop(numbers)
+            raise
+
+    def catch_up(self) -> None:
+        """Do what the transport put aside because nobody waits for it: releases and forgets; hear of the opens it answered."""
+        with contextlib.suppress(OSError):
+            self.catch_up_or_fail()
+
+    def catch_up_or_fail(self) -> None:
+        """As catch_up(). OSError, and nothing has changed, when the index does not take what was created before."""
+        limit = self.transport.events_put()
+        self.take_creates()  # a file is known before its release
+        opened, released, forgotten = self.transport.take_events(limit)
+        if not opened and not released and not forgotten:
+            return
+        gone = set(released)
+        for fh, ino, request, backing_id in opened:
+            self._granted(ino, None if fh in gone else fh, request, backing_id)
+        self._take_in(released, forgotten)
+
+    def _take_in(self, released: Sequence[int], forgotten: Sequence[tuple[int, int]]) -> None:
         with self.store.database.transaction():  # one commit for all
             for fh in released:
                 self.handles.remove(fh)
@@ -180,6 +240,26 @@ class Operations(pyfuse3.Operations):
         self.transport.events_done()
         self.files.delete_leftover()
 
+    def inherit(self) -> None:
+        """Take a mount over from an earlier worker. Before the first request."""
+        opened, released, forgotten = self.transport.take_events(self.transport.events_put())
+        self.handles.inherit(opened)
+        self.once.add_done(one.request for one in self.store.created)
+        self.store.creates.settle(self.store.creates.put)
+        self.inherited = True
+        self._take_in(released, forgotten)
+
+    def _granted(self, ino: int, fh: int | None, request: int, backing_id: int) -> None:
+        """The transport has answered an OPEN for reading, by a grant. `fh` None: it is closed already."""
+        source = self.grants.source_of(ino)
+        if source is None:
+            log.error("inode %d was opened by a grant that is gone", ino)
+            return
+        self.files.read_without_us(ino, source)
+        if fh is not None:
+            handle = self.files.of(ino).enter(self.files.sources.share(source), False, direct=False)
+            self.handles.take_granted(fh, handle, request, backing_id)
+
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
         _refuse_virtual(inode, new_parent)
@@ -187,6 +267,7 @@ class Operations(pyfuse3.Operations):
             return self._told(linked)
         with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
             linked = self.names.link(inode, new_parent, new_name, op)
+        self.transport.drop_attributes(inode)
         self._folders_changed(new_parent)
         return self._told(linked)
 
@@ -211,7 +292,6 @@ class Operations(pyfuse3.Operations):
             return
         with self.once.operation(ctx, parent) as op:
             gone = self.store.database.reserve.lend(partial(self.names.rmdir, parent, name, op)).ino
-        self.transport.drop_attributes(gone)
         self._gone_name(parent, name, gone)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context) -> None:
@@ -231,7 +311,6 @@ class Operations(pyfuse3.Operations):
             moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags, op)
         self.transport.remove_name(*((parent, name) if moved else (new_parent, new_name)))
         if replaced is not None:
-            self.transport.drop_attributes(replaced.ino)
             self._gone_name(new_parent, new_name, replaced.ino)
         self._folders_changed(parent, new_parent)
         self._forget_attributes((new_parent, new_name))
@@ -293,8 +372,9 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         self.transport.drop_attributes(inode)
         if fields.update_size:
-            self.catch_up()  # a reader that has left must not be taken for one that stays
-            await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
+            with self.grants.held_back(inode):
+                self.catch_up()  # a reader that has left must not be taken for one that stays
+                await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
         if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):
@@ -376,8 +456,9 @@ class Operations(pyfuse3.Operations):
         request = self.once.request(ctx)
         if (made := self._made(parent, name, ctx)) is not None:
             self.handles.forget_request(request)
-            info = self.handles.add(await self.files.open(made.ino, True), flags, request)
-            return info, self._told(made)
+            with self.grants.held_back(made.ino):
+                handle = await self.files.open(made.ino, True)
+            return self.handles.add(handle, flags, request), self._told(made)
         home = self.store.residency.home_for_new()
         kind = stat.S_IFREG | (mode & 0o7777 & ~ctx.umask)
         try:
@@ -403,9 +484,13 @@ class Operations(pyfuse3.Operations):
             return self._open_text(inode, flags)
         request = self.once.request(ctx)
         self.handles.forget_request(request)
-        writable = bool(flags & WRITE_FLAGS)
-        handle = await self.files.open(inode, writable, bool(flags & os.O_TRUNC))
-        if writable:
+        if not flags & (WRITE_FLAGS | os.O_TRUNC):
+            info = self.handles.add(await self.files.open(inode, False), flags, request)
+            self.grants.want(inode)
+            return info
+        with self.grants.held_back(inode):
+            handle = await self.files.open(inode, bool(flags & WRITE_FLAGS), bool(flags & os.O_TRUNC))
+        if flags & WRITE_FLAGS:
             self._strip_set_id(inode, ctx.uid)
         return self.handles.add(handle, flags, request)
 

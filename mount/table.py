@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cascadefs.ext.fuse_transport import EVENT_RING_BYTES
 
-VERSION = 1  # of this layout: an upgrade to another one is refused
+VERSION = 2  # of this layout: an upgrade to another one is refused
 INIT_BYTES = 256
 INOS_BITS = 32  # no worker makes four billion inodes
 HANDLES, BACKINGS, OPERATIONS = 1 << 16, 1 << 16, 1 << 12  # 4096 operations: 99 can wait for an answer at once

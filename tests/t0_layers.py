@@ -10,7 +10,7 @@ ORDER = [
     ["ext"],
     ["errors", "types", "config", "crash"],
     ["doors"],
-    ["record", "manifest"],
+    ["record", "manifest", "creates"],
     ["media", "health"],
     ["reserve", "sums"],
     ["policies", "scheduler", "database"],

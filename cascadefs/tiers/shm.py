@@ -13,6 +13,7 @@ import os
 import time
 from pathlib import Path
 
+from cascadefs.creates import PLACE as CREATES
 from cascadefs.doors import private_folder
 from cascadefs.tiers.files import FileTier
 
@@ -76,6 +77,9 @@ class ShmTier(FileTier):
         """Give the memory back: every copy goes. Only after everything is durable."""
         for digest in list(self.objects):
             self.drop(digest)
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.joinpath(*CREATES).unlink()
+            (self.folder / CREATES[0]).rmdir()
         if self.own_mount and _libc.umount2(os.fsencode(self.folder), MNT_DETACH):
             log.warning("the memory tier %s stays mounted: %s", self.folder, os.strerror(ctypes.get_errno()))
         with contextlib.suppress(OSError):  # it holds what release() did not know of: then it stays

@@ -1,0 +1,126 @@
+# What the transport can answer from what it knows, as functions of a request: the answer's body, or that it is Python's.
+#
+# Owns: the tables together, and their order. A .pxd of inline functions, compiled into fuse_transport. Knows no device and no socket.
+# Invariants: (1) A function that says no has changed nothing. (2) A handle is borrowed while its descriptor is in use and not longer.
+
+from cython_ext.attribute_table cimport (
+    AttributeTable, attributes_copy, attributes_free, attributes_init, attributes_touch)
+from cython_ext.create_ring cimport (
+    CreatePool, CreateRecord, Spare, answer_create, creates_free, creates_give, creates_init, read_create)
+from cython_ext.event_queue cimport EventQueue, events_free, events_init, events_put
+from cython_ext.fuse_abi cimport *
+from cython_ext.handle_table cimport (
+    Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
+from cython_ext.name_table cimport NameTable, name_hash, names_add, names_free, names_init, names_lack, names_remove
+from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
+from cython_ext.positioned_io cimport allocate_range, seek_content
+from libc.errno cimport EBADF, EOPNOTSUPP
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+
+cdef extern from "<sys/stat.h>" nogil:
+    int futimens(int fd, const timespec *times)
+
+ctypedef struct Known:
+    HandleTable handles
+    NameTable names
+    AttributeTable attributes
+    EventQueue events
+    CreatePool creates
+    GrantTable grants
+
+
+cdef inline int known_init(Known *known, void *event_memory, void *create_memory) noexcept nogil:
+    """0, or not 0 when there is no memory."""
+    events_init(&known.events, event_memory)
+    creates_init(&known.creates, create_memory)
+    return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
+            or grants_init(&known.grants))
+
+
+cdef inline void known_free(Known *known) noexcept nogil:
+    """Only when no other thread knows it any more."""
+    handles_free(&known.handles)
+    names_free(&known.names)
+    attributes_free(&known.attributes)
+    events_free(&known.events)
+    creates_free(&known.creates)
+    grants_free(&known.grants)
+
+
+cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:
+    """CREATE with a spare. Python's: no spare, a folder that is not known, a name that may exist, anything unusual."""
+    cdef CreateRecord record
+    cdef Spare spare
+    cdef fuse_attr_out folder
+    cdef timespec times[2]
+    cdef uint64_t key
+    if known.creates.ring == NULL or not read_create(message, size, &record):
+        return False
+    key = name_hash(record.folder, record.name, record.name_bytes)
+    if not names_lack(&known.names, key) or not attributes_copy(&known.attributes, record.folder, &folder):
+        return False
+    if folder.attr.mode & MODE_SETGID:
+        record.gid = folder.attr.gid
+    clock_gettime(CLOCK_REALTIME, &times[0])
+    times[1] = times[0]
+    record.time_ns = <int64_t>times[0].tv_sec * 1000000000 + times[0].tv_nsec
+    if names_add(&known.names, key):
+        return False
+    if not creates_give(&known.creates, &record, &spare):
+        names_remove(&known.names, key)
+        return False
+    futimens(spare.fd, times)
+    attributes_touch(&known.attributes, record.folder, record.time_ns)
+    answer_create(&record, answer)
+    edit_open(&known.handles, &answer.opened)
+    return True
+
+
+cdef inline bint open_file(Known *known, const uint8_t *message, fuse_open_out *answer) noexcept nogil:
+    """OPEN for reading by a grant. Python's: no grant, for writing, sent again."""
+    cdef const fuse_in_header *head = <const fuse_in_header *>message
+    cdef const fuse_open_in *arg = <const fuse_open_in *>(message + sizeof(fuse_in_header))
+    if arg.flags & (OPEN_ACCMODE | OPEN_TRUNC) or head.unique >> 63:
+        return False
+    answer.fh, answer.open_flags, answer.backing_id = grants_open(&known.grants, &known.handles, &known.events, head), 0, 0
+    if not answer.fh:
+        return False
+    edit_open(&known.handles, answer)
+    return True
+
+
+cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nogil:
+    """Put a RELEASE aside for Python. Handles that Python never announced are its own affair."""
+    cdef uint64_t fh = (<fuse_release_in *>(message + sizeof(fuse_in_header))).fh
+    cdef Handle *handle = handles_borrow(&known.handles, fh)
+    if handle == NULL:
+        return False
+    handles_return(&known.handles, handle)
+    return events_put(&known.events, FUSE_RELEASE, fh, 0, 0, 0)
+
+
+cdef inline int allocate_file(Known *known, const uint8_t *message) noexcept nogil:
+    """FALLOCATE: 0 or an errno."""
+    cdef fuse_fallocate_in *arg = <fuse_fallocate_in *>(message + sizeof(fuse_in_header))
+    cdef int code = EOPNOTSUPP
+    cdef Handle *handle = handles_borrow(&known.handles, arg.fh)
+    if handle == NULL:
+        return EBADF
+    if handle.fd >= 0:
+        code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
+    handles_return(&known.handles, handle)
+    return code
+
+
+cdef inline int seek_file(Known *known, const uint8_t *message, fuse_lseek_out *answer) noexcept nogil:
+    """LSEEK: 0 or an errno."""
+    cdef fuse_lseek_in *arg = <fuse_lseek_in *>(message + sizeof(fuse_in_header))
+    cdef int64_t found
+    cdef Handle *handle = handles_borrow(&known.handles, arg.fh)
+    if handle == NULL:
+        return EBADF
+    found = seek_content(handle.fd, handle.size_bytes, arg.offset, arg.whence)
+    handles_return(&known.handles, handle)
+    answer.offset = <uint64_t>found
+    return 0 if found >= 0 else <int>-found

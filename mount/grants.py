@@ -1,0 +1,156 @@
+"""Objects in memory whose OPEN for reading, and GETATTR, the transport answers by itself: which they are, and how that ends
+before a writer comes.
+
+Owns: the grants. Each holds its object's source open (live.py) like a user of it. Invariants:
+(1) A grant is for a sealed inode without writers whose object is in the memory tier. None is given while somebody is about to
+    change content (`held_back`) or memory is short.
+(2) A grant ends in this order: the transport uses it no more, the opens that it answered are known, the source is let go.
+(3) There are at most LIMIT, each with a descriptor: the oldest goes. Before objects are evicted all go.
+"""
+
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from cascadefs.live import Source
+from cascadefs.mount.attributes import getattr_answer
+from cascadefs.mount.handles import Handles
+from cascadefs.store import Store
+
+log = logging.getLogger(__name__)
+LIMIT, AT_ONCE = 4096, 64
+FIRST = 1 << 31  # handles made from grants have numbers from here on, within those of a worker
+
+
+class Grants:
+    """Those of one mount. `catch_up` takes in what the transport has answered (operations.py)."""
+
+    def __init__(self, store: Store, handles: Handles, catch_up: Callable[[], None]) -> None:
+        self.store, self.handles, self.transport = store, handles, handles.transport
+        self._catch_up = catch_up
+        self._sources: dict[int, Source] = {}  # in the order they were given
+        self._wanted: dict[int, None] = {}
+        self._changing = 0
+        self._memory_is_short = False
+        self._limit = min(LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self.transport.number_grants((handles.table.generation << 32) + FIRST)
+        store.files.sealed, store.files.deleting = self.want, self.end_deleted
+        store.residency.before_eviction = self._want_memory
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._sources)
+
+    def want(self, ino: int) -> None:
+        """This inode shows an object in memory now; it may get a grant when there is time."""
+        if self.handles.passthrough and len(self._wanted) < LIMIT:
+            self._wanted[ino] = None
+
+    def give_wanted(self) -> None:
+        """Give some of those that are wanted; none, and take all back, when memory is short."""
+        if self._memory_is_short:
+            self.end_all()
+        for ino in list(self._wanted)[:AT_ONCE]:
+            del self._wanted[ino]
+            try:
+                self._give(ino)
+            except OSError as e:
+                log.debug("no grant for inode %d: %s", ino, e)
+
+    def _give(self, ino: int) -> None:
+        if ino in self._sources or self._changing or self.store.residency.under_pressure():
+            return
+        source = self._take_source(ino)
+        if source is None:
+            return
+        try:
+            self.handles.register(source)
+            self.transport.grant(ino, source.fd, source.backing_id, self.handles.open_flags)
+            self.transport.set_attributes(ino, getattr_answer(self.store.namespace.get(ino)))
+        except BaseException:
+            self.store.files.sources.release(source)
+            raise
+        self._sources[ino] = source
+        if len(self._sources) > self._limit:
+            self.end(next(iter(self._sources)))
+
+    def _take_source(self, ino: int) -> Source | None:
+        """The source that every handle of an inode shares, with one more user, if its opens may be answered without asking."""
+        files, memory = self.store.files, self.store.residency.memory
+        inode, live = files.namespace.find(ino), files.live.get(ino)
+        if inode is None or inode.home or inode.oid is None or (live and (live.writers or live.directs or live.is_locked)):
+            return None
+        digest = files.index.object(inode.oid).digest
+        if digest not in memory.objects:
+            return None
+        source = files.sources.take(("object", digest), partial(memory.open_object, digest))
+        if live is None or live.source in (None, source):
+            return source
+        files.sources.release(source)  # its handles use a double of the file
+        return None
+
+    def source_of(self, ino: int) -> Source | None:
+        """What the handles of a grant read."""
+        return self._sources.get(ino)
+
+    # --- the end of a grant
+
+    def end(self, *inos: int) -> None:
+        """Afterwards every open that these grants have answered is known, and their sources have one user less. OSError, and
+        the grants are as before, when that cannot be known now."""
+        known = [ino for ino in inos if ino in self._sources]
+        if not known:
+            return
+        for ino in known:
+            self.transport.revoke(ino)
+            self.transport.drop_attributes(ino)
+        try:
+            self._catch_up()
+        except OSError:
+            for ino in known:
+                source = self._sources[ino]
+                self.transport.grant(ino, source.fd, source.backing_id, self.handles.open_flags)
+            raise
+        for ino in known:
+            self._let_go(ino)
+
+    def _let_go(self, ino: int) -> None:
+        self._wanted.pop(ino, None)
+        self.transport.drop_attributes(ino)
+        if (source := self._sources.pop(ino, None)) is not None:
+            self.store.files.sources.release(source)
+
+    def end_deleted(self, ino: int) -> None:
+        """The kernel has forgotten the inode after its last close: nothing of it can be unknown."""
+        self.transport.revoke(ino)
+        self._let_go(ino)
+
+    def end_all(self) -> None:
+        """Objects that nobody has open are not held in memory by a grant afterwards."""
+        self._memory_is_short = False
+        self._wanted.clear()
+        self.end(*self._sources)
+
+    def _want_memory(self) -> None:
+        self._memory_is_short = True
+
+    @contextmanager
+    def held_back(self, ino: int) -> Iterator[None]:
+        """Somebody is about to change the content of an inode: no grant of its object, of any inode, is used meanwhile."""
+        self._changing += 1
+        try:
+            self._end_object_of(ino)
+            yield
+        finally:
+            self._changing -= 1
+
+    def _end_object_of(self, ino: int) -> None:
+        inode = self.store.namespace.find(ino)
+        if inode is None or inode.oid is None or not self._sources:
+            return
+        source = self.store.files.sources.find(("object", self.store.index.object(inode.oid).digest))
+        if source is not None:
+            self.end(*(other for other, found in self._sources.items() if found is source))

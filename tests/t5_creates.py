@@ -1,0 +1,242 @@
+"""Files that the transport makes by itself: exact answers, exact records, and what becomes of the records after a crash."""
+
+import errno
+import os
+import struct
+import subprocess
+import time
+
+import pytest
+from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
+
+from cascadefs import creates
+from cascadefs.config import Settings
+from cascadefs.creates import Creates
+from cascadefs.ext.fuse_transport import CREATE_RING_BYTES, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, SPARES_AT_MOST
+from cascadefs.store import Store
+
+GETATTR = 3
+FOLDER, RESENT = 1, 1 << 63
+ATTRIBUTES = struct.Struct("<6Q10I")  # struct fuse_attr
+
+
+class Maker(Wire):
+    """A transport with a ring; `offer` gives it spares as mount/spares.py does."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.ring = Creates(folder)
+        super().__init__(creates=self.ring.memory)
+        self.ask(INIT, struct.pack("<IIIII", 7, 41, 131072, INIT_EXT, PASSTHROUGH2) + bytes(44))
+        self.forwarded()
+        self.reply(struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 1, 12, 9, 1 << 24, 1, 256, 0, 0, 0) + bytes(24))
+        self.answered()
+        self.transport.names_are_complete()
+        self.know_folder(0o40755, 0)
+        self.files = {}
+
+    def know_folder(self, mode, gid):
+        folder = ATTRIBUTES.pack(FOLDER, 0, 0, 1, 1, 1, 0, 0, 0, mode, 2, 0, gid, 0, 4096, 0)
+        self.transport.set_attributes(FOLDER, struct.pack("<QII", 3600, 0, 0) + folder)
+
+    def offer(self, ino):
+        (self.folder / "staged").mkdir(exist_ok=True)
+        path = self.folder / "staged" / str(ino)
+        path.touch()
+        self.files[ino] = os.open(path, os.O_RDONLY)
+        self.transport.set_handle(ino + 1000, fd=self.files[ino], backing_id=ino + 2000, open_flags=FOPEN_NOFLUSH)
+        return self.transport.add_spare(ino, ino + 1000, self.files[ino], ino + 2000)
+
+    def create(self, name, mode=0o100666, umask=0o22, unique=8, extensions=0):
+        body = struct.pack("<IIII", os.O_CREAT | os.O_WRONLY, mode, umask, 0) + name + b"\0"
+        head = struct.pack("<IIQQIIIHH", 40 + len(body), CREATE, unique, FOLDER, 11, 12, 13, extensions, 0)
+        self.kernel.send(head + body)
+
+    def pending(self):
+        return self.ring.pending(self.ring.put)
+
+    def close(self):
+        super().close()
+        for fd in self.files.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def maker(tmp_path):
+    found = Maker(tmp_path)
+    yield found
+    found.close()
+
+
+def test_the_layouts_of_reader_and_writer_agree():
+    assert creates.RING_BYTES == CREATE_RING_BYTES
+
+
+def test_a_create_is_answered_with_a_spare_and_recorded(maker):
+    maker.offer(70)
+    before = time.time_ns()
+    maker.create(b"block", unique=8)
+    error, unique, body = maker.answered()
+    assert (error, unique) == (0, 8)
+    ino, generation, entry_s, attr_s, entry_ns, attr_ns = struct.unpack_from("<4Q2I", body)
+    assert (ino, generation, entry_s, attr_s, entry_ns, attr_ns) == (70, 0, 3600, 30, 0, 0)
+    (found,) = maker.pending()
+    assert before <= found.time_ns <= time.time_ns()
+    s, ns = divmod(found.time_ns, 10**9)
+    expected = (70, 0, 0, s, s, s, ns, ns, ns, 0o100644, 1, 11, 12, 0, 4096, 0)
+    assert ATTRIBUTES.unpack_from(body, 40) == expected
+    assert struct.unpack("<QIi", body[128:]) == (1070, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, 2070)
+    record = (found.request, found.folder, found.ino, found.fh, found.mode, found.uid, found.gid, found.backing_id, found.name)
+    assert record == (8, FOLDER, 70, 1070, 0o100644, 11, 12, 2070, b"block")
+    assert os.fstat(maker.files[70]).st_mtime_ns == found.time_ns
+    maker.ask(GETATTR, bytes(16))  # the folder has changed at that time
+    folder = ATTRIBUTES.unpack_from(maker.answered()[2], 16)
+    assert (folder[4], folder[5], folder[7], folder[8]) == (s, s, ns, ns)
+
+
+def test_a_setgid_folder_gives_its_group(maker):
+    maker.offer(70)
+    maker.know_folder(0o42755, 99)
+    maker.create(b"shared")
+    maker.answered()
+    assert maker.pending()[0].gid == 99
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(b".hidden", {}), (b"known", {}), (b"n" * 256, {}), (b"x", {"unique": RESENT | 8}), (b"x", {"extensions": 1})],
+    ids=["dot", "known", "too long", "sent again", "extensions"],
+)
+def test_what_is_not_plain_is_for_python(maker, name, options):
+    maker.offer(70)
+    maker.transport.add_name(FOLDER, b"known")
+    maker.create(name, **options)
+    assert maker.forwarded()[0] == CREATE
+    assert not maker.pending()
+
+
+def test_no_spare_and_no_known_folder_are_for_python(maker):
+    maker.create(b"a")
+    assert maker.forwarded()[0] == CREATE
+    maker.offer(70)
+    maker.transport.drop_attributes(FOLDER)
+    maker.create(b"a")
+    assert maker.forwarded()[0] == CREATE
+    assert maker.transport.withdraw_spare() == 70 and maker.transport.withdraw_spare() == 0
+    maker.know_folder(0o40755, 0)
+    maker.create(b"a")  # the name is not taken by the tries before
+    assert maker.forwarded()[0] == CREATE
+
+
+def test_a_name_is_there_from_its_create_on(maker):
+    maker.offer(70)
+    maker.offer(71)
+    maker.create(b"once")
+    maker.answered()
+    maker.create(b"once")
+    assert maker.forwarded()[0] == CREATE
+    assert [one.ino for one in maker.pending()] == [70]
+
+
+def test_a_full_ring_gives_nothing_until_it_is_settled(maker):
+    made = 0
+    while made < creates.RECORDS:
+        while maker.transport.add_spare(made + 1, made + 1, -1, 5) and made < creates.RECORDS:
+            maker.create(b"f%d" % made)
+            maker.answered()
+            made += 1
+    maker.create(b"one more")
+    assert maker.forwarded()[0] == CREATE
+    assert [one.name for one in maker.pending()] == [b"f%d" % i for i in range(creates.RECORDS)]
+    maker.ring.settle(maker.ring.put)
+    assert not maker.pending()
+    maker.create(b"one more")
+    maker.answered()
+    assert [one.name for one in maker.pending()] == [b"one more"]
+
+
+def test_spares_are_bounded(maker):
+    assert all(maker.transport.add_spare(i, i, -1, 0) for i in range(1, SPARES_AT_MOST + 1))
+    assert not maker.transport.add_spare(9999, 1, -1, 0)
+
+
+def test_a_ring_that_makes_no_sense_is_begun_anew(tmp_path):
+    ring = Creates(tmp_path)
+    ring.memory[8:24] = struct.pack("<QQ", 5, 6)
+    assert Creates(tmp_path).pending(0) == [] and creates.pending_inodes(tmp_path) == []
+    tmp_path.joinpath(*creates.PLACE).write_bytes(b"short")
+    assert Creates(tmp_path).put == 0
+    ring = Creates(tmp_path)
+    ring.memory[8:16] = struct.pack("<Q", 1)  # a record of zeros: no name, no file
+    assert ring.pending(1) == []
+
+
+# --- after a crash
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "shm").mkdir()
+    yield Settings(store=tmp_path / "store", shm_size=64 << 20, shm_dir=tmp_path / "shm")
+    for folder in (tmp_path / "shm").iterdir():
+        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+
+
+def crash_with(settings, *names):
+    """A store whose process died when the kernel had been told of files that the index does not know; their inode numbers."""
+    store = Store(settings)
+    folder, inos = store.residency.memory.folder, [store.namespace.reserve_ino() for _ in names]
+    maker = Maker(folder)
+    try:
+        for ino, name in zip(inos, names, strict=True):
+            maker.offer(ino)
+            maker.create(name)
+            maker.answered()
+            (folder / "staged" / str(ino)).write_bytes(b"content of " + name)
+    finally:
+        maker.close()
+        store.close()
+    return folder, inos
+
+
+async def test_a_file_that_the_index_never_heard_of_is_there_after_a_crash(settings):
+    folder, inos = crash_with(settings, b"a", b"b")
+    assert creates.pending_inodes(folder) == inos
+    store = Store(settings)
+    try:
+        assert [store.find(name).ino for name in ("a", "b")] == inos
+        assert await store.get("b") == b"content of b"
+        assert not store.creates.pending(store.creates.put)
+        assert store.namespace.reserve_ino() > max(inos)
+    finally:
+        store.close()
+
+
+async def test_records_that_were_entered_already_are_left_alone(settings):
+    folder, _ = crash_with(settings, b"a")
+    before = folder.joinpath(*creates.PLACE).read_bytes()
+    Store(settings).close()
+    folder.joinpath(*creates.PLACE).write_bytes(before)  # the crash came before the ring heard of the commit
+    store = Store(settings)
+    try:
+        assert await store.get("a") == b"content of a"
+        assert store.namespace.entries() == 1
+    finally:
+        store.close()
+
+
+async def test_a_name_that_is_taken_is_told_and_hurts_nobody(settings, caplog):
+    folder, _ = crash_with(settings, b"a")
+    before = folder.joinpath(*creates.PLACE).read_bytes()
+    store = Store(settings)
+    store.namespace.unlink(1, b"a")
+    store.namespace.delete_inode(store.namespace.orphans()[0])
+    await store.put("a", b"another")
+    store.close()
+    folder.joinpath(*creates.PLACE).write_bytes(before)
+    store = Store(settings)
+    try:
+        assert "cannot be entered" in caplog.text and os.strerror(errno.EEXIST) in caplog.text
+        assert await store.get("a") == b"another"
+    finally:
+        store.close()
