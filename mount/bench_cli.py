@@ -129,9 +129,7 @@ def _bench_io(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder in which the temporary stores are made (default: beside CASCADEFS_STORE, else /var/tmp).",
 )
-def bench_io(
-    json_path: Path | None, quick: bool, only: tuple[str, ...], repeats: int | None, store: Path | None
-) -> None:
+def bench_io(json_path: Path | None, quick: bool, only: tuple[str, ...], repeats: int | None, store: Path | None) -> None:
     """Compare reads, writes and names of the mount with raw tmpfs and with pyfuse3's passthroughfs, in one run."""
     notes = Notes()
     try:

@@ -39,7 +39,7 @@ from cascadefs.store import Store
 log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 4096
 ANSWER_S = 20
-CATCH_UP_S = 0.01
+CATCH_UP_S, HURRY_S = 0.01, 0.001
 PASSTHROUGH_SINCE = (6, 9)
 DIRECT_WRITES_SINCE = (6, 6)  # from here on a direct write drops the pages that readers of the file have cached
 GC_THRESHOLD = 50_000  # requests leave no cycles behind; the default of 700 looks for them at every third request
@@ -163,11 +163,13 @@ class Daemon:
 
     async def _catch_up(self) -> None:
         """Releases and forgets that no other request brought along."""
+        hurry = False
         while True:
-            await trio.sleep(CATCH_UP_S)
+            await trio.sleep(HURRY_S if hurry else CATCH_UP_S)
+            hurry = False
             try:
                 self.operations.catch_up()
-                self.operations.spares.refill()
+                hurry = self.operations.spares.refill()
                 self.operations.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")

@@ -202,8 +202,10 @@ def test_sixteen_threads_leave_nothing_wrong_behind(mount, tmp_path):
     for path in mount.path.glob("new-*"):
         path.unlink()
     flush(mount)
-    wait_until("descriptors stay open", lambda: not descriptors(pid))
-    wait_until("copies stay", lambda: not [*(mount.memory / "objects").iterdir(), *(mount.memory / "staged").iterdir()])
+    wait_until("grants stay", lambda: told(mount)["granted_opens"] == 0)
+    wait_until("descriptors stay open", lambda: len(descriptors(pid)) == told(mount)["spare_files"])
+    wait_until("copies stay", lambda: not [*(mount.memory / "objects").iterdir()])
+    wait_until("staged files stay", lambda: len([*(mount.memory / "staged").iterdir()]) == told(mount)["spare_files"])
     left = told(mount)
     assert left["files"] == 0 and left["unique_bytes"] == 0 and left["tiers"]["cold"]["live_bytes"] == 0
     mount.stop()
