@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import flips
 import pytest
-from stores import flip, memory_of, opened, unmount_memory, wipe_memory
+from stores import flip, memory_of, opened, wipe_memory
 
 from cascadefs import fsck
 from cascadefs.config import MIB, Settings
@@ -25,13 +25,8 @@ TORTURE = bool(os.environ.get("TORTURE"))  # every byte of a small store, not a 
 
 
 @pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    found = Settings(
-        store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0, extent_size=8 * MIB
-    )
-    yield found
-    unmount_memory(found)
+def settings(settings):
+    return replace(settings, extent_size=8 * MIB)
 
 
 def checked(settings, repair=False):

@@ -8,12 +8,9 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -40,22 +37,8 @@ MUST_MEET = {
 }
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    return faults.built_shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture
-def base():
-    folder = Path(tempfile.mkdtemp(prefix="cascadefs-test-", dir="/dev/shm"))
-    yield folder
-    for left in folder.glob("*/shm/*"):
-        subprocess.run(["umount", "-l", left], check=False, capture_output=True)
-    shutil.rmtree(folder)
-
-
-def visited(base, shim, name, part):
-    folder = base / f"{name}-{part}"
+def visited(in_memory, shim, name, part):
+    folder = in_memory / f"{name}-{part}"
     folder.mkdir()
     Control(folder / "control")
     env = faults.environment(shim, folder / "b", control=folder / "control")
@@ -64,9 +47,9 @@ def visited(base, shim, name, part):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(base, shim, name):
+def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(in_memory, shim, name):
     with ThreadPoolExecutor(PARTS) as pool:
-        results = list(pool.map(lambda part: visited(base, shim, name, part), range(PARTS)))
+        results = list(pool.map(lambda part: visited(in_memory, shim, name, part), range(PARTS)))
     complaints = [complaint for result in results for complaint in result["complaints"]]
     assert not complaints, "\n".join(complaints)
     assert sum(result["met"] for result in results) == sum(result["visited"] for result in results) > 0

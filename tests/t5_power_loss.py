@@ -4,11 +4,7 @@ TORTURE=1: more than 10,000 states."""
 
 import json
 import os
-import shutil
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -29,30 +25,15 @@ MUST_DO = {
 }
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    return faults.built_shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture
-def base():
-    """In memory: a state is written and opened in about 6 ms there."""
-    folder = Path(tempfile.mkdtemp(prefix="cascadefs-test-", dir="/dev/shm"))
-    yield folder
-    for left in folder.glob("*/shm/*"):
-        subprocess.run(["umount", "-l", left], check=False, capture_output=True)
-    shutil.rmtree(folder)
-
-
-def explored(base, shim, seed, states, mutant="none"):
+def explored(in_memory, shim, seed, states, mutant="none"):
     env = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
-    text = faults.run("power", base / f"{mutant}-{seed}", shim, seed, states, mutant, env=env, limit_s=280)
+    text = faults.run("power", in_memory / f"{mutant}-{seed}", shim, seed, states, mutant, env=env, limit_s=280)
     return json.loads(text)
 
 
-def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(base, shim):
+def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(in_memory, shim):
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda seed: explored(base, shim, seed, STATES), SEEDS))
+        results = list(pool.map(lambda seed: explored(in_memory, shim, seed, STATES), SEEDS))
     assert [complaint for result in results for complaint in result["complaints"]] == []
     assert sum(result["states"] for result in results) >= WANTED
     assert sum(result["fallen_back"] for result in results) > 0
@@ -60,8 +41,8 @@ def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(base, shim
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_order_of_writing_is_caught(base, shim, mutant):
+def test_a_wrong_order_of_writing_is_caught(in_memory, shim, mutant):
     for seed in range(MUTANT_SEEDS):
-        if explored(base, shim, seed, MUTANT_STATES, mutant)["complaints"]:
+        if explored(in_memory, shim, seed, MUTANT_STATES, mutant)["complaints"]:
             return
     raise AssertionError(f"no state showed that {mutant} is wrong")

@@ -1,8 +1,8 @@
 """The worker, or the whole tree, dies by kill -9 in the middle of its work, again and again, under several real processes.
 
-CASCADEFS_KILLS and CASCADEFS_TREE_KILLS give the numbers for a long run (`make torture`); here they are small. A kill at a
-named point (crash.py) is in the middle of an operation by construction; one from outside may find the worker idle: each run
-states both.
+CASCADEFS_KILLS, CASCADEFS_TREE_KILLS, CASCADEFS_MANY_FILES and CASCADEFS_UPGRADE_MIB give the numbers for a long run (`make
+torture`); here they are small. A kill at a named point (crash.py) is in the middle of an operation by construction; one from
+outside may find the worker idle: each run states both.
 """
 
 import contextlib
@@ -13,10 +13,13 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import load
@@ -32,6 +35,7 @@ TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "8"))
 PATIENCE_S = 4.0  # a point that is not passed in this time is given up, and the worker killed from outside
 TREE_PATIENCE_S = 8.0
 CLIENTS = 4
+MANY_FILES = int(os.environ.get("CASCADEFS_MANY_FILES", "1000"))
 UPGRADE_MIB = int(os.environ.get("CASCADEFS_UPGRADE_MIB", "256"))
 FIO_S = 6
 # Points that only an unmount passes, or that need gigabytes: they have tests of their own.
@@ -223,6 +227,38 @@ def test_json_status_names_both_processes(tmp_path):
         old = mount.kill_worker()
         second = json.loads(mount.path.joinpath(".cascade/stats").read_text())
         assert second["keeper_pid"] == first["keeper_pid"] and second["worker_pid"] != old and second["restarts"] == 1
+    finally:
+        mount.clean()
+
+
+def first_answer_s(act: Callable[[], object], path: Path) -> float:
+    """Seconds from `act` to the answer to a question that no cache can answer."""
+    began = time.monotonic()
+    act()
+    assert not path.exists()
+    return time.monotonic() - began
+
+
+def test_many_files_are_there_again_after_a_restart(tmp_path, capsys):
+    need_root_and_fuse()
+    mount = Mount(tmp_path, "--shm-size", "1GiB").start()
+    try:
+        for i in range(MANY_FILES):
+            if i % 1000 == 0:
+                (mount.path / f"d{i // 1000}").mkdir()
+            (mount.path / f"d{i // 1000}/f{i}").write_bytes(b"%d" % i * 100)
+        mount.flush()
+        restarts = list[float]()
+        for i in range(5):
+            worker = mount.status()["worker_pid"]
+            restarts.append(first_answer_s(partial(os.kill, worker, signal.SIGKILL), mount.path / f"none{i}"))
+        mount.kill()
+        remount = first_answer_s(mount.start, mount.path / "none")
+        for i in range(0, MANY_FILES, max(1, MANY_FILES // 500)):
+            assert (mount.path / f"d{i // 1000}/f{i}").read_bytes() == b"%d" % i * 100
+        with capsys.disabled():
+            print(f"\n{MANY_FILES} files: first answer {statistics.median(restarts):.2f} s after the worker died", end=", ")
+            print(f"{remount:.2f} s after `cascadefs mount` was called when the whole tree had died")
     finally:
         mount.clean()
 

@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from twin.machine import Walk
 
+from cascadefs.mount.device import kernel_release
+from cascadefs.mount.keeper import RESEND_SINCE
+
 MIB = 1 << 20
 TORTURE_STEPS = int(os.environ.get("TORTURE_STEPS", "0"))
 SEED = int(os.environ.get("TORTURE_SEED", "0") or time.time_ns() % 1_000_000)
@@ -77,8 +80,8 @@ class Plant:
         self.mount.stop(*(["--drop-memory"] if cold else []))
         self.mount.start()
 
-    def has_keeper(self):
-        return self.told()["keeper_pid"] is not None
+    def replaces_workers(self):
+        return kernel_release() >= RESEND_SINCE
 
     def kill_worker(self):
         os.kill(self.told()["worker_pid"], signal.SIGKILL)
@@ -120,3 +123,4 @@ def test_a_random_walk_finds_no_difference_from_tmpfs(plant, capsys):
         print(f"\n{told['mode']}, {how}: {counts['steps']} steps, 0 differences; {dict(sorted(counts.items()))}")
     # The walk has shown something only if files went through every state.
     assert counts["evict"] and counts["seal"] and counts["write_mapped"]
+    assert counts.get("kill_worker") or not plant.replaces_workers()
