@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import faults
 import pytest
 from stores import unmount_memory
 
@@ -19,7 +20,6 @@ from cascadefs.index import Index
 from cascadefs.mount import device
 from cascadefs.mount.cli import is_running
 from cascadefs.namespace import Namespace
-from tests import faults
 
 CASCADEFS = [sys.executable, "-m", "cascadefs.mount.cli"]
 COMMAND_S = 120
