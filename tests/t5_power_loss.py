@@ -15,6 +15,8 @@ LONG = bool(os.environ.get("TORTURE"))
 SEEDS, STATES = (range(14), 800) if LONG else (range(2), 200)
 WANTED = 10_000 if LONG else 400
 MUTANT_SEEDS, MUTANT_STATES = 8, 400
+LIMIT_S = 1800 if LONG else 280  # watchdogs
+pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 # A recording that does not do all of this proves nothing about it.
 MUST_DO = {
     *("CREATE extents/", "WRITE extents/", "TRUNCATE extents/", "SYNC extents/", "PUNCH extents/", "UNLINK extents/"),
@@ -27,16 +29,18 @@ MUST_DO = {
 
 def explored(in_memory, shim, seed, states, mutant="none"):
     env = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
-    text = faults.run("power", in_memory / f"{mutant}-{seed}", shim, seed, states, mutant, env=env, limit_s=280)
+    text = faults.run("power", in_memory / f"{mutant}-{seed}", shim, seed, states, mutant, env=env, limit_s=LIMIT_S)
     return json.loads(text)
 
 
-def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(in_memory, shim):
+def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(in_memory, shim, capsys):
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda seed: explored(in_memory, shim, seed, STATES), SEEDS))
+    states, older = (sum(result[key] for result in results) for key in ("states", "fallen_back"))
+    with capsys.disabled():
+        print(f"\n{states} states after a loss of power opened, {older} files fell back to an older version")
     assert [complaint for result in results for complaint in result["complaints"]] == []
-    assert sum(result["states"] for result in results) >= WANTED
-    assert sum(result["fallen_back"] for result in results) > 0
+    assert states >= WANTED and older > 0
     assert set().union(*(result["did"] for result in results)) >= MUST_DO
 
 
