@@ -100,6 +100,7 @@ class Daemon:
             "mode_reason": self.why_not,
             "keeper_pid": self.keeper_pid if os.getppid() == self.keeper_pid else None,
             "restarts": self.table.generation - 1,
+            "upgrades_refused": self.table.refusals,
             "huge_pages": memory.huge,
             "requests": self.session.transport.counts(),
         }

@@ -30,6 +30,7 @@ _HANDLE = struct.Struct("<QQQiBBxx")  # fh, inode, request, backing id, writable
 _OPERATION = struct.Struct("<QQQ")  # request, its number, inode whose row will carry the number
 _KEY = struct.Struct("<Q")
 _BACKING = struct.Struct("<i")
+REFUSALS_AT = _HEAD.size
 INIT_AT = 64
 EVENTS_AT = 4096
 HANDLES_AT = EVENTS_AT + EVENT_RING_BYTES
@@ -94,6 +95,15 @@ class Table:
     @first_ino.setter
     def first_ino(self, number: int) -> None:
         _KEY.pack_into(self._memory, 24, number)
+
+    @property
+    def refusals(self) -> int:
+        """Upgrades that the keeper has refused; the one field that it writes while a worker runs."""
+        return int(_KEY.unpack_from(self._memory, REFUSALS_AT)[0])
+
+    @refusals.setter
+    def refusals(self, count: int) -> None:
+        _KEY.pack_into(self._memory, REFUSALS_AT, count)
 
     @property
     def init_request(self) -> bytes:

@@ -25,8 +25,9 @@ TORTURE = bool(os.environ.get("TORTURE"))  # every byte of a small store, not a 
 
 
 @pytest.fixture
-def settings(settings):
-    return replace(settings, extent_size=8 * MIB)
+def settings(settings, in_memory):
+    """In memory: on a disk each flip is written back before fsck reads it past the page cache."""
+    return replace(settings, store=in_memory / "store", extent_size=8 * MIB)
 
 
 def checked(settings, repair=False):

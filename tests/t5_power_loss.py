@@ -14,7 +14,7 @@ from tests.faults.recorder import MUTANTS
 LONG = bool(os.environ.get("TORTURE"))
 SEEDS, STATES = (range(14), 800) if LONG else (range(2), 200)
 WANTED = 10_000 if LONG else 400
-MUTANT_SEEDS, MUTANT_STATES = 8, 400
+MUTANT_SEEDS, MUTANT_STATES = (3, 0, 1, 2, 4, 5, 6, 7), 400  # 3 shows them all
 LIMIT_S = 1800 if LONG else 280  # watchdogs
 pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 # A recording that does not do all of this proves nothing about it.
@@ -46,7 +46,7 @@ def test_every_state_that_a_crash_can_leave_is_intact_older_or_absent(in_memory,
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_order_of_writing_is_caught(in_memory, shim, mutant):
-    for seed in range(MUTANT_SEEDS):
+    for seed in MUTANT_SEEDS:
         if explored(in_memory, shim, seed, MUTANT_STATES, mutant)["complaints"]:
             return
     raise AssertionError(f"no state showed that {mutant} is wrong")

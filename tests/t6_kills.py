@@ -31,7 +31,7 @@ from cascadefs.mount import device
 from cascadefs.mount.cli import is_running
 
 KILLS = int(os.environ.get("CASCADEFS_KILLS", "30"))
-TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "8"))
+TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "5"))
 PATIENCE_S = 4.0  # a point that is not passed in this time is given up, and the worker killed from outside
 TREE_PATIENCE_S = 8.0
 CLIENTS = 4
@@ -313,7 +313,7 @@ def test_an_upgrade_to_code_that_cannot_be_loaded_is_refused(tmp_path):
         (code / "pyfuse3.py").write_text("raise ImportError('of another Python')\n")
         done = cascadefs("upgrade", mount.path)
         assert done.returncode == 1 and "old worker goes on" in done.stderr
-        assert mount.status()["worker_pid"] == before
+        assert mount.status()["worker_pid"] == before and mount.status()["upgrades_refused"] == 1
         assert "of another Python" in (mount.store / "cascadefs.log").read_text()
     finally:
         mount.clean()
