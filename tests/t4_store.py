@@ -223,3 +223,13 @@ async def test_a_content_written_again_does_not_inherit_a_clean_copy(settings):
         found = store.index.find(digest)
         assert found is not None and (found.durable or digest not in store.residency.clean)
         assert await store.get("b") == data
+
+
+def test_a_store_that_was_refused_is_not_kept_locked(settings):
+    settings.store.mkdir()
+    (settings.store / "store.json").symlink_to("/dev/null")
+    for _ in range(2):  # "in use" would be said at the second time
+        with pytest.raises(StoreError, match="put it there"):
+            Store(settings)
+    (settings.store / "store.json").unlink()
+    Store(settings).close()
