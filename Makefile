@@ -17,6 +17,7 @@ MODE ?= passthrough
 STEPS ?= 50000
 KILLS ?= 500
 TREE_KILLS ?= 100
+MANY_FILES ?= 100000
 RACES ?= 120
 JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
@@ -66,11 +67,11 @@ test: $(VENV)/.dev | judges
 	$(PY) -m pytest
 
 # The long forms: more than 10,000 states after a power loss, a fault at every call of the seam, a flipped bit in every byte of a
-# store; KILLS of the worker and TREE_KILLS of all; STEPS of the random walk in each mode, RACES seconds of sixteen threads, JUDGES
-# seconds for each stressor.
+# store; KILLS of the worker and TREE_KILLS of all in each mode, a restart with MANY_FILES; STEPS of the random walk in each mode, RACES
+# seconds of sixteen threads, JUDGES seconds for each stressor.
 torture: $(VENV)/.dev | judges
 	TORTURE=1 $(PY) -m pytest tests/t5_power_loss.py tests/t5_full_media.py tests/t5_fsck.py
-	CASCADEFS_KILLS=$(KILLS) CASCADEFS_TREE_KILLS=$(TREE_KILLS) CASCADEFS_UPGRADE_MIB=1024 $(PY) -m pytest -s tests/t6_kills.py
+	CASCADEFS_KILLS=$(KILLS) CASCADEFS_TREE_KILLS=$(TREE_KILLS) CASCADEFS_UPGRADE_MIB=1024 CASCADEFS_MANY_FILES=$(MANY_FILES) $(PY) -m pytest -s tests/t6_kills.py
 	TORTURE_STEPS=$(STEPS) RACE_SECONDS=$(RACES) JUDGE_SECONDS=$(JUDGES) $(PY) -m pytest -s tests/t6_machine.py tests/t6_races.py tests/t6_judges.py
 
 soak: $(VENV)/.dev

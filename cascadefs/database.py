@@ -212,14 +212,14 @@ class Database:
     def __init__(self, folder: Path, claim_fd: int | None = None) -> None:
         """Open or create. Raises StoreError. Holds the lock of the store until close(); one that was claimed before is used."""
         self._claim_fd = claim(folder) if claim_fd is None else os.dup(claim_fd)
-        private_folder(folder, follow=True)
-        for name in ("store.json", "index.db", "index.db-wal", "index.db-shm", "index.sums", "cascadefs.log"):
-            check_file(folder / name)
         self.folder, self.health, self.reserve = folder, Health(), Reserve(folder)
         self.undo: list[Callable[[], Callable[[], None]]] = []
         self.notes: list[str] = []  # what the opening met that is worth a line in the log
         self._suspect: OSError | None = None
         try:
+            private_folder(folder, follow=True)
+            for name in ("store.json", "index.db", "index.db-wal", "index.db-shm", "index.sums", "cascadefs.log"):
+                check_file(folder / name)
             path = folder / "store.json"
             self.identity = read_identity(path) if path.exists() else _make_identity(path)
             known = self._judged()

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import xxhash
 
 from cascadefs.database import Database
-from cascadefs.record import record_bytes
+from cascadefs.record import ALIGN, record_bytes
 from cascadefs.types import EMPTY_OID, Block, Home, Location, Object
 
 _OBJECT = "oid, digest, size, durable"
@@ -67,10 +67,10 @@ class Index:
         """Inodes that show an object."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=?", (oid,))]
 
-    def digests(self) -> dict[bytes, tuple[int, int]]:
-        """Digest -> (size in bytes, 1 if durable), of every object: one query, for recovery."""
-        rows = self._db.execute("SELECT digest, size, durable FROM objects").fetchall()
-        return {digest: (size, durable) for digest, size, durable in rows}
+    def copies(self, durable: bool) -> dict[bytes, int]:
+        """Digest -> bytes that a copy of it takes in memory, of every object that is durable, or is not: for recovery."""
+        size = f"(size+{ALIGN - 1})/{ALIGN}*{ALIGN}"
+        return dict(self._db.execute(f"SELECT digest, {size} FROM objects WHERE durable{'<>' if durable else '='}0"))
 
     def refs(self, oid: int) -> int:
         """Number of references to an object."""

@@ -20,7 +20,6 @@ from cascadefs.healing import Healer
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
-from cascadefs.record import align_up
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
@@ -93,17 +92,19 @@ class Residency:
             self.clean[digest] = self.memory.objects[digest]
             self.clean_bytes += self.clean[digest]
 
-    def take_copies(self, known: Mapping[bytes, tuple[int, int]]) -> None:
-        """On opening: copies of known objects (digest -> size, durable) stay; those of durable ones are clean, and in parking
-        of no more use. Sizes are the index's: asking the filesystem for a hundred thousand costs a third of a second."""
-        for tier in (self.memory, self.parking):
-            for digest in [d for d in tier.objects if d not in known or (known[d][1] and tier is self.parking)]:
-                self.drop(tier, digest)
-            tier.objects.update({digest: align_up(known[digest][0]) for digest in tier.objects})
-        self.clean = {digest: size for digest, size in self.memory.objects.items() if known[digest][1]}
+    def take_copies(self, durable: Mapping[bytes, int], dirty: Mapping[bytes, int]) -> None:
+        """On opening: copies of known objects (digest -> bytes) stay; those of durable ones are clean, and in parking of no
+        more use. Sizes are the index's: asking the filesystem for a hundred thousand costs a third of a second."""
+        for digest in [d for d in self.memory.objects if d not in durable and d not in dirty]:
+            self.drop(self.memory, digest)
+        for digest in [d for d in self.parking.objects if d not in dirty]:
+            self.drop(self.parking, digest)
+        self.clean = {digest: durable[digest] for digest in self.memory.objects if digest in durable}
         self.clean_bytes = sum(self.clean.values())
-        for digest in self.memory.objects:
-            self.policy.touched(digest)
+        self.memory.objects.update(self.clean)
+        for tier in (self.memory, self.parking):
+            tier.objects.update({digest: dirty[digest] for digest in tier.objects.keys() & dirty.keys()})
+        self.policy.found(self.memory.objects)
 
     def drop(self, tier: FileTier, digest: bytes) -> None:
         """Remove one copy."""

@@ -3,6 +3,7 @@
 Commands talk to a running mount through the mount itself (`.cascade/`), so they need no socket and no pid file.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -15,25 +16,39 @@ from typing import Any
 
 import click
 import humanfriendly
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-from rich.table import Table
 
 from cascadefs.config import Configuration, Settings, load
-from cascadefs.database import check_store_folder
 from cascadefs.errors import ConfigError, UserError
 from cascadefs.mount import device
-from cascadefs.mount.bench_cli import bench
-from cascadefs.mount.check_cli import fsck, rebuild_index, verify
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
 EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
 DROP_MEMORY = "user.cascade.drop-memory"
+# Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
+# For the same reason rich is imported where something is drawn.
+ELSEWHERE = {
+    "bench": ("bench_cli", "bench"),
+    "fsck": ("check_cli", "fsck"),
+    "verify": ("check_cli", "verify"),
+    "rebuild-index": ("check_cli", "rebuild_index"),
+}
 
 
 class Group(click.Group):
-    """Turns UserError into one line and exit code 1."""
+    """Turns UserError into one line and exit code 1; finds the commands of ELSEWHERE."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """For --help."""
+        return sorted([*self.commands, *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Ours, or one that is loaded now."""
+        if name not in ELSEWHERE:
+            return super().get_command(ctx, name)
+        module, function = ELSEWHERE[name]
+        found: click.Command = getattr(importlib.import_module(f"cascadefs.mount.{module}"), function)
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -101,6 +116,8 @@ def mount(
 
 def _prepare_store(found: Configuration) -> None:
     """A default store may need its parents made; one that was named must have its parent: a typo makes no tree."""
+    from cascadefs.database import check_store_folder
+
     folder = found.settings.store
     if found.origins["store"] == "default":
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +178,9 @@ def _flush(mountpoint: Path, quiet: bool = False) -> None:
 
 
 def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
     columns = (
         TextColumn("flushing"),
         BarColumn(),
@@ -223,7 +243,7 @@ def upgrade(mountpoint: Path) -> None:
     os.kill(before["keeper_pid"], signal.SIGUSR1)
     end = time.monotonic() + UPGRADE_S
     while (now := _stats(path))["worker_pid"] == before["worker_pid"]:
-        if time.monotonic() > end:
+        if now["upgrades_refused"] > before["upgrades_refused"] or time.monotonic() > end:
             raise UserError("the old worker goes on: the installed code cannot take over; see cascadefs.log in the store")
         time.sleep(0.05)
     click.echo(f"upgraded: process {before['worker_pid']} -> {now['worker_pid']}, {now['version']}")
@@ -263,18 +283,25 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     logical, unique = (_size(found[key]) for key in ("logical_bytes", "unique_bytes"))
     click.echo(f"{found['files']} files, {logical}, stored as {unique} (dedup {found['dedup_ratio']:g})")
     click.echo(f"not yet durable: {_size(found['pending_bytes'])}")
-    table = Table()
-    for heading in ("tier", "used", "capacity", "dirty", "objects", "hits", "misses", "extents"):
-        table.add_column(heading, justify="left" if heading == "tier" else "right")
-    for name, tier in found["tiers"].items():
-        sizes = [_size(tier[key]) for key in ("used_bytes", "capacity_bytes", "dirty_bytes")]
-        counts = [str(tier.get(key, "")) for key in ("objects", "hits", "misses", "extents")]
-        table.add_row(name, *sizes, *counts)
-    Console().print(table)
+    _draw_tiers(found["tiers"])
     for line in found["trouble"]:
         click.echo(f"trouble: {line}")
     if found["last_error"]:
         click.echo(f"last error: {found['last_error']}")
+
+
+def _draw_tiers(tiers: dict[str, dict[str, int]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("tier", "used", "capacity", "dirty", "objects", "hits", "misses", "extents"):
+        table.add_column(heading, justify="left" if heading == "tier" else "right")
+    for name, tier in tiers.items():
+        sizes = [_size(tier[key]) for key in ("used_bytes", "capacity_bytes", "dirty_bytes")]
+        counts = [str(tier.get(key, "")) for key in ("objects", "hits", "misses", "extents")]
+        table.add_row(name, *sizes, *counts)
+    Console().print(table)
 
 
 def _size(count: int) -> str:
@@ -313,6 +340,9 @@ def show(file: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin, _ in rows}, indent=2))
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("setting", "value", "origin", "meaning")
     for row in rows:
         table.add_row(*row)
@@ -334,9 +364,6 @@ def mount_helper() -> None:
     arguments = ["mount", rest[1], *(["--store", rest[0]] if rest[0] not in ("cascadefs", "none") else [])]
     main([*arguments, *(item for option in options for item in ("-o", option))])
 
-
-for command in (bench, fsck, verify, rebuild_index):
-    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -101,6 +101,7 @@ class Daemon:
             "mode_reason": self.why_not,
             "keeper_pid": self.keeper_pid if os.getppid() == self.keeper_pid else None,
             "restarts": self.table.generation - 1,
+            "upgrades_refused": self.table.refusals,
             "huge_pages": memory.huge,
             "granted_opens": self.operations.grants.count,
             "spare_files": self.operations.spares.count,
@@ -126,6 +127,7 @@ class Daemon:
         raise_limits()
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
+        gc.enable()
         log.info("mounted at %s; on opening: %s", self.wanted.mountpoint, self.store.recovered)
         for note in self.store.database.notes:
             log.warning("index: %s", note)
@@ -231,6 +233,7 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
             os.write(report, f"{text}\n".encode())
             os.close(report)
 
+    gc.disable()  # opening a store makes a hundred thousand things that stay: looking through them takes a tenth of a second
     try:
         if plan := os.environ.get("CASCADEFS_CRASH_PLAN"):
             crash.arm(Path(plan))

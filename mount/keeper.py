@@ -158,6 +158,7 @@ class Keeper:
         if checked.stdout.split() != [str(table.VERSION)]:
             why = (checked.stderr.strip() or f"it keeps its table as version {checked.stdout.strip()}").splitlines()[-1]
             log.error("not upgraded: the installed code cannot take over (%s)", why)
+            self.table.refusals += 1
             return
         for fd in (self.claim_fd, self.table.fd, self.device.fd):
             os.set_inheritable(fd, True)

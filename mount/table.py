@@ -15,6 +15,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from cascadefs.ext.fuse_transport import EVENT_RING_BYTES
 
 VERSION = 2  # of this layout: an upgrade to another one is refused
@@ -27,6 +30,7 @@ _HANDLE = struct.Struct("<QQQiBBxx")  # fh, inode, request, backing id, writable
 _OPERATION = struct.Struct("<QQQ")  # request, its number, inode whose row will carry the number
 _KEY = struct.Struct("<Q")
 _BACKING = struct.Struct("<i")
+REFUSALS_AT = _HEAD.size
 INIT_AT = 64
 EVENTS_AT = 4096
 HANDLES_AT = EVENTS_AT + EVENT_RING_BYTES
@@ -55,13 +59,10 @@ class Table:
         self._memory = mmap.mmap(fd, TABLE_BYTES)
         magic, version, _, _, _ = _HEAD.unpack_from(self._memory)
         assert (magic, version) in ((b"CFTB", VERSION), (bytes(4), 0))
-        self._slots: dict[int, int] = {}  # fh or backing id (negative) -> place
-        taken = {at for at, _ in self._handle_places()}
-        self._free_handles = [at for at in range(HANDLES - 1, -1, -1) if at not in taken]
-        self._slots.update({handle.fh: at for at, handle in self._handle_places()})
-        ids = dict(self._backing_places())
-        self._free_backings = [at for at in range(BACKINGS - 1, -1, -1) if at not in ids]
-        self._slots.update({-backing: at for at, backing in ids.items()})
+        self._free_handles = np.flatnonzero(self._handle_keys() == 0)[::-1].tolist()
+        self._free_backings = np.flatnonzero(self._backing_keys() == 0)[::-1].tolist()
+        self._slots = {handle.fh: at for at, handle in self._handle_places()}  # fh or backing id (negative) -> place
+        self._slots.update({-backing: at for at, backing in self._backing_places()})
 
     @classmethod
     def make(cls) -> "Table":
@@ -96,6 +97,15 @@ class Table:
         _KEY.pack_into(self._memory, 24, number)
 
     @property
+    def refusals(self) -> int:
+        """Upgrades that the keeper has refused; the one field that it writes while a worker runs."""
+        return int(_KEY.unpack_from(self._memory, REFUSALS_AT)[0])
+
+    @refusals.setter
+    def refusals(self, count: int) -> None:
+        _KEY.pack_into(self._memory, REFUSALS_AT, count)
+
+    @property
     def init_request(self) -> bytes:
         """The INIT that the kernel sends once in the life of a mount; empty before."""
         length = _HEAD.unpack_from(self._memory)[3]
@@ -109,11 +119,14 @@ class Table:
 
     # --- open files
 
+    def _handle_keys(self) -> npt.NDArray[np.uint64]:
+        """The file handle of each place, 0: free. A view: a new worker looks through all of them before its first answer."""
+        return np.ndarray(HANDLES, np.uint64, self._memory, HANDLES_AT, (_HANDLE.size,))
+
     def _handle_places(self) -> Iterator[tuple[int, KeptHandle]]:
-        view = memoryview(self._memory)[HANDLES_AT:BACKINGS_AT]
-        for at, row in enumerate(_HANDLE.iter_unpack(view)):
-            if row[0]:
-                yield at, KeptHandle(row[0], row[1], row[2], row[3], bool(row[4]), bool(row[5]))
+        for at in np.flatnonzero(self._handle_keys()).tolist():
+            row = _HANDLE.unpack_from(self._memory, HANDLES_AT + at * _HANDLE.size)
+            yield at, KeptHandle(row[0], row[1], row[2], row[3], bool(row[4]), bool(row[5]))
 
     def handles(self) -> list[KeptHandle]:
         """Files that the kernel has open, or was about to be told of."""
@@ -137,9 +150,13 @@ class Table:
 
     # --- backing ids
 
+    def _backing_keys(self) -> npt.NDArray[np.int32]:
+        """The backing id of each place, 0: free. A view."""
+        return np.ndarray(BACKINGS, np.int32, self._memory, BACKINGS_AT, (_BACKING.size,))
+
     def _backing_places(self) -> Iterator[tuple[int, int]]:
-        view = memoryview(self._memory)[BACKINGS_AT:OPERATIONS_AT]
-        yield from ((at, row[0]) for at, row in enumerate(_BACKING.iter_unpack(view)) if row[0])
+        keys = self._backing_keys()
+        yield from ((at, int(keys[at])) for at in np.flatnonzero(keys).tolist())
 
     def backings(self) -> list[int]:
         """Backing ids that the kernel holds for this mount."""

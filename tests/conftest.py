@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import faults
 import pytest
+from stores import unmount_memory
 
+from cascadefs.config import MIB, Settings
 from cascadefs.database import Database
 from cascadefs.index import Index
 from cascadefs.mount import device
@@ -26,6 +30,31 @@ def database(tmp_path):
     found = Database(tmp_path / "store")
     yield found
     found.close()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of a store of a test's own, without a mount (stores.py); sealed at once."""
+    (tmp_path / "shm").mkdir()
+    found = Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
+    yield found
+    unmount_memory(found)
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """The library that records calls and makes them fail (faults/shim.c)."""
+    return faults.built_shim(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def in_memory():
+    """A folder in memory for thousands of stores: one is written and opened in about 6 ms there."""
+    folder = Path(tempfile.mkdtemp(prefix="cascadefs-test-", dir="/dev/shm"))
+    yield folder
+    for left in folder.glob("*/shm/*"):
+        subprocess.run(["umount", "-l", left], check=False, capture_output=True)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

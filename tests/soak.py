@@ -15,11 +15,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from conftest import MODES, Mount, need_root_and_fuse
 from recount import recount
 from rich.console import Console
 from rich.table import Table
+
+from cascadefs.mount.device import kernel_release
+from cascadefs.mount.keeper import RESEND_SINCE
 
 MIB = 1 << 20
 MEMORY_MIB, THREADS, NAMES = 96, 6, 60  # a third of what the files hold
@@ -115,29 +119,43 @@ class Soak:
             self.wrong.append(f"names differ: {sorted(names ^ set(self.generations))[:5]}")
 
 
+def told(mount: Mount) -> dict[str, Any]:
+    """What the mount says of itself."""
+    return json.loads((mount.path / ".cascade/stats").read_text())
+
+
 def figures(mount: Mount) -> tuple[int, int, float, float]:
     """(RSS in MiB, descriptors, MiB in memory, MiB cold) of the worker."""
-    told = json.loads((mount.path / ".cascade/stats").read_text())
-    pid = told["worker_pid"]
+    stats = told(mount)
+    pid = stats["worker_pid"]
     rss = next(
         int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")
     )
-    tiers = told["tiers"]
+    tiers = stats["tiers"]
     return rss // 1024, len(os.listdir(f"/proc/{pid}/fd")), tiers["shm"]["used_bytes"] / MIB, tiers["cold"]["used_bytes"] / MIB
 
 
 def restart(soak: Soak, epoch: int) -> None:
-    """By turns: warm, cold, and, where a keeper brings the worker back, SIGKILL under load."""
-    told = json.loads((soak.mount.path / ".cascade/stats").read_text())
-    if told["keeper_pid"] and epoch % 3 == 2:
-        os.kill(told["worker_pid"], signal.SIGKILL)
+    """By turns: SIGKILL of the worker under load (where a keeper brings it back), a warm and a cold mount."""
+    kind = ("kill", "warm", "cold")[epoch % 3]
+    if kind == "kill" and kernel_release() >= RESEND_SINCE:
+        kill_worker(soak)
         return
     soak.pause()
-    soak.mount.stop(*(["--drop-memory"] if epoch % 2 else []))
+    soak.mount.stop(*(["--drop-memory"] if kind == "cold" else []))
     soak.wrong += recount(soak.mount.store, soak.mount.memory)
     soak.mount.start()
     soak.check_all()
     soak.resume()
+
+
+def kill_worker(soak: Soak) -> None:
+    """Nobody pauses, and the next worker answers."""
+    before = told(soak.mount)
+    os.kill(before["worker_pid"], signal.SIGKILL)
+    after = told(soak.mount)
+    if after["worker_pid"] == before["worker_pid"] or after["restarts"] != before["restarts"] + 1:
+        soak.wrong.append(f"worker {before['worker_pid']} was killed and counted as {after['restarts']} restarts")
 
 
 def run(mount: Mount, seconds: float) -> tuple[list[tuple[object, ...]], list[str]]:
@@ -147,7 +165,7 @@ def run(mount: Mount, seconds: float) -> tuple[list[tuple[object, ...]], list[st
     for thread in threads:
         thread.start()
     soak.go.set()
-    epochs = max(2, min(4, int(seconds // 140)))
+    epochs = 4  # each kind of restart once
     for epoch in range(epochs):
         for sample in range(1, SAMPLES + 1):
             end = began + seconds * (epoch + sample / SAMPLES) / epochs

@@ -1,54 +1,20 @@
 """A store without a mount: seal, dedup, flush, eviction, copy on write, recovery after the loss of memory or of the process."""
 
 import os
-import shutil
 import stat
-import subprocess
 import sys
 import textwrap
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 import trio
+from stores import opened, wipe_memory
 
-from cascadefs.config import MIB, Settings
+from cascadefs.config import MIB
 from cascadefs.errors import StoreError
 from cascadefs.namespace import ROOT
 from cascadefs.stats import metrics, status
 from cascadefs.store import Store
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    return Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
-
-
-@asynccontextmanager
-async def opened(settings):
-    """An open store with its tasks running; afterwards closed as a killed process leaves it: nothing is flushed."""
-    store = Store(settings)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(store.run)
-            yield store
-            nursery.cancel_scope.cancel()
-    finally:
-        store.close()
-
-
-@pytest.fixture(autouse=True)
-def no_mount_left(settings):
-    yield
-    for folder in settings.shm_dir.iterdir():
-        if os.path.ismount(folder):
-            subprocess.run(["umount", "-l", folder], check=True)
-
-
-def wipe_memory(settings):
-    for folder in settings.shm_dir.glob("cascadefs-*/*"):
-        shutil.rmtree(folder)
 
 
 def in_extents(settings):
@@ -257,3 +223,13 @@ async def test_a_content_written_again_does_not_inherit_a_clean_copy(settings):
         found = store.index.find(digest)
         assert found is not None and (found.durable or digest not in store.residency.clean)
         assert await store.get("b") == data
+
+
+def test_a_store_that_was_refused_is_not_kept_locked(settings):
+    settings.store.mkdir()
+    (settings.store / "store.json").symlink_to("/dev/null")
+    for _ in range(2):  # "in use" would be said at the second time
+        with pytest.raises(StoreError, match="put it there"):
+            Store(settings)
+    (settings.store / "store.json").unlink()
+    Store(settings).close()

@@ -8,17 +8,14 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from cascadefs.config import MIB, Settings
+from cascadefs.config import MIB
 from cascadefs.reserve import RESERVE_BYTES, Reserve
 from cascadefs.store import Store
 from cascadefs.types import Home
@@ -30,6 +27,8 @@ from tests.faults.media import FAULTS
 LONG = bool(os.environ.get("TORTURE"))
 EVERY = 1 if LONG else 23
 PARTS = 2  # processes at a time
+LIMIT_S = 1800 if LONG else 280  # watchdogs
+pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 # Calls that the workload must make, or it proves nothing: every tier, and every way in which its calls can end.
 MUST_MEET = {
     *("CREATE EXTENTS", "OPEN EXTENTS", "READ EXTENTS", "WRITE EXTENTS", "SYNC EXTENTS", "TRUNCATE EXTENTS", "PUNCH EXTENTS"),
@@ -40,34 +39,23 @@ MUST_MEET = {
 }
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    return faults.built_shim(tmp_path_factory.mktemp("shim"))
-
-
-@pytest.fixture
-def base():
-    folder = Path(tempfile.mkdtemp(prefix="cascadefs-test-", dir="/dev/shm"))
-    yield folder
-    for left in folder.glob("*/shm/*"):
-        subprocess.run(["umount", "-l", left], check=False, capture_output=True)
-    shutil.rmtree(folder)
-
-
-def visited(base, shim, name, part):
-    folder = base / f"{name}-{part}"
+def visited(in_memory, shim, name, part):
+    folder = in_memory / f"{name}-{part}"
     folder.mkdir()
     Control(folder / "control")
     env = faults.environment(shim, folder / "b", control=folder / "control")
-    text = faults.run("media", folder / "b", folder / "control", name, part, PARTS, EVERY, env=env, limit_s=290)
+    text = faults.run("media", folder / "b", folder / "control", name, part, PARTS, EVERY, env=env, limit_s=LIMIT_S)
     return json.loads(text)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(base, shim, name):
+def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(in_memory, shim, name, capsys):
     with ThreadPoolExecutor(PARTS) as pool:
-        results = list(pool.map(lambda part: visited(base, shim, name, part), range(PARTS)))
+        results = list(pool.map(lambda part: visited(in_memory, shim, name, part), range(PARTS)))
     complaints = [complaint for result in results for complaint in result["complaints"]]
+    with capsys.disabled():
+        visited_sites = sum(result["visited"] for result in results)
+        print(f"\n{name}: a fault at {visited_sites} of {results[0]['sites']} calls, {len(complaints)} complaints")
     assert not complaints, "\n".join(complaints)
     assert sum(result["met"] for result in results) == sum(result["visited"] for result in results) > 0
     if LONG:
@@ -79,9 +67,8 @@ def test_at_every_call_the_errno_arrives_nothing_is_lost_and_it_recovers(base, s
 # --- one copy that cannot be read
 
 
-async def test_one_unreadable_copy_does_not_keep_others_from_the_cold_tier(tmp_path):
-    (tmp_path / "shm").mkdir()
-    store = Store(Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB))
+async def test_one_unreadable_copy_does_not_keep_others_from_the_cold_tier(settings):
+    store = Store(settings)
     try:
         with mock.patch.object(store.residency, "home_for_new", lambda: Home.COLD):
             await store.put("bad", b"bad" * 5000)
@@ -89,7 +76,7 @@ async def test_one_unreadable_copy_does_not_keep_others_from_the_cold_tier(tmp_p
             await store.put(f"good{i}", bytes([i]) * 5000)
             assert await store.sealer.seal(store.find(f"good{i}").ino)
         assert await store.sealer.seal(store.find("bad").ino)
-        (copy,) = (tmp_path / "store" / "parking" / "objects").iterdir()
+        (copy,) = (settings.store / "parking" / "objects").iterdir()
         kept = copy.read_bytes()
         os.truncate(copy, 100)  # reads end too early: EIO
         with pytest.raises(OSError, match="could not be flushed"):
@@ -102,8 +89,6 @@ async def test_one_unreadable_copy_does_not_keep_others_from_the_cold_tier(tmp_p
         assert await store.get("bad") == kept
     finally:
         store.close()
-        for folder in (tmp_path / "shm").iterdir():
-            subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 # --- the background, and a real mount

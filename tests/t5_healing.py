@@ -6,19 +6,11 @@ import os
 
 import pytest
 import trio
-from stores import flip, opened, unmount_memory, wipe_memory
+from stores import flip, opened, wipe_memory
 
 from cascadefs import fsck
-from cascadefs.config import MIB, Settings
+from cascadefs.config import MIB
 from cascadefs.stats import status
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    found = Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
-    yield found
-    unmount_memory(found)
 
 
 def place(store, path, seq=0):

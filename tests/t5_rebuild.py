@@ -4,21 +4,13 @@ import os
 import stat
 
 import pytest
-from stores import flip, opened, unmount_memory, wipe_memory
+from stores import flip, opened, wipe_memory
 
 from cascadefs import fsck
 from cascadefs.config import MIB, Settings
 from cascadefs.manifest import Listed, Manifest, Told, decode, encode
 from cascadefs.namespace import ROOT
 from cascadefs.rebuild import rebuild
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    found = Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
-    yield found
-    unmount_memory(found)
 
 
 def quiet(done, total):

@@ -13,6 +13,9 @@ class EvictionPolicy(Protocol):
     def touched(self, key: Hashable) -> None:
         """`key` was opened, created or promoted."""
 
+    def found(self, keys: Iterable[Hashable]) -> None:
+        """`keys` are resident since an earlier process, in no order."""
+
     def forgotten(self, key: Hashable) -> None:
         """`key` is no longer resident. Unknown keys are fine."""
 

@@ -14,6 +14,10 @@ class Lru:
         self._order.pop(key, None)
         self._order[key] = None
 
+    def found(self, keys: Iterable[Hashable]) -> None:
+        """In the order given."""
+        self._order.update(dict.fromkeys(keys))
+
     def forgotten(self, key: Hashable) -> None:
         """Take out of the order."""
         self._order.pop(key, None)

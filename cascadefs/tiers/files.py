@@ -9,10 +9,12 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 
 from cascadefs import media
 from cascadefs.doors import is_ours
+from cascadefs.ext import digest_names
 
 _DIGEST, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[1-9][0-9]{0,17}")
 log = logging.getLogger(__name__)
@@ -26,12 +28,14 @@ class FileTier:
         for part in (folder, folder / "staged", folder / "objects"):
             media.make_folder(part)
         self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
-        self.objects: dict[bytes, int] = {}
-        for entry in os.scandir(self._objects):  # whose a file is, is looked at when it is opened: a stat each
-            if _DIGEST.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                self.objects[bytes.fromhex(entry.name)] = 0  # until Residency.take_copies() tells
+        # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
+        self.objects, others = digest_names.listed(self._objects)
+        for name in others:
+            path = f"{self._objects}/{name}"
+            if _DIGEST.fullmatch(name) and stat.S_ISREG(os.lstat(path).st_mode):  # a filesystem that tells no kinds in listings
+                self.objects[bytes.fromhex(name)] = 0
             else:
-                _remove_foreign(entry.path)
+                _remove_foreign(path)
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
