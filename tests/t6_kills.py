@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -40,15 +40,22 @@ UPGRADE_MIB = int(os.environ.get("CASCADEFS_UPGRADE_MIB", "256"))
 FIO_S = 6
 # Points that only an unmount passes, or that need gigabytes: they have tests of their own.
 OTHERS = [name for name in POINTS if name not in ("checkpoint", "extent sealed")]
-OFTEN = ("created", "leased", "hashed", "adopted", "sealed", "unlinked", "deleted", "commit", "committed", "answer")
+MADE_AHEAD = ("entering", "entered")  # what only passthrough does
+OFTEN = ("leased", "hashed", "adopted", "sealed", "unlinked", "deleted", "commit", "committed", "answer", "created")
 pytestmark = pytest.mark.timeout(3600)
 
 
-def plan_of(count: int, seed: int) -> str:
+def points_of(mode: str, count: int, rng: random.Random) -> Iterator[str]:
+    """`count` points that a mode passes, each as often as the others."""
+    others = [name for name in OTHERS if mode == "passthrough" or name not in MADE_AHEAD]
+    return itertools.islice(itertools.cycle(rng.sample(others, len(others))), count)
+
+
+def plan_of(mode: str, count: int, seed: int) -> str:
     """One line for each worker: early and late passages of every point."""
     rng = random.Random(seed)
-    points = itertools.islice(itertools.cycle(rng.sample(OTHERS, len(OTHERS))), count)
-    return "\n".join(f"{rng.choice((1, 2, 5, 20) if point in OFTEN else (1, 2))} {point}" for point in points)
+    points = points_of(mode, count, rng)
+    return "\n".join(f"{rng.choice((1, 2, 5, 20) if point in (*OFTEN, *MADE_AHEAD) else (1, 2))} {point}" for point in points)
 
 
 def child_of(pid: int) -> int:
@@ -116,7 +123,7 @@ def killable(request, tmp_path, monkeypatch):
     need_root_and_fuse()
     plan = tmp_path / "plan"
     found = Mount(tmp_path, "--shm-size", "48MiB", *MODES[request.param], env={"CASCADEFS_CRASH_PLAN": str(plan)})
-    found.plan, found.running = plan, []
+    found.plan, found.running, found.mode = plan, [], request.param
     yield found
     for client in found.running:
         client.kill()
@@ -126,7 +133,7 @@ def killable(request, tmp_path, monkeypatch):
 
 def test_clients_do_not_notice_that_workers_die(killable, tmp_path, capsys):
     rng = random.Random(7)
-    killable.plan.write_text(plan_of(KILLS, 7))
+    killable.plan.write_text(plan_of(killable.mode, KILLS, 7))
     killable.start()
     keeper = killable.status()["keeper_pid"]
     running = clients(killable, tmp_path, 100)
@@ -170,16 +177,16 @@ def die_as_a_tree(mount: Mount, base: Path, seed: int, patience_s: float) -> boo
     return len(passed(mount.plan)) > before
 
 
-def tree_plan(count: int, rng: random.Random) -> list[str]:
+def tree_plan(mode: str, count: int, rng: random.Random) -> list[str]:
     """One line for each mount. Points that each answer passes come late: the mount itself must not pass them so often."""
-    points = itertools.islice(itertools.cycle(rng.sample(OTHERS, len(OTHERS))), count)
+    points = points_of(mode, count, rng)
     late = {"answer": (300, 1000, 3000), "commit": (60, 200, 600), "committed": (60, 200, 600), "created": (20, 100)}
     return [f"{rng.choice(late.get(point, (1, 2, 5) if point in OFTEN else (1,)))} {point}" for point in points]
 
 
 def test_closed_files_survive_the_death_of_the_whole_tree(killable, tmp_path, capsys):
     missed, began = [], time.monotonic()
-    for number, line in enumerate(tree_plan(TREE_KILLS, random.Random(11))):
+    for number, line in enumerate(tree_plan(killable.mode, TREE_KILLS, random.Random(11))):
         killable.plan.write_text(line)
         if not die_as_a_tree(killable, tmp_path, 1000 * number, TREE_PATIENCE_S):
             missed.append(line)
