@@ -180,7 +180,7 @@ def die_as_a_tree(mount: Mount, base: Path, seed: int, patience_s: float) -> boo
 def tree_plan(mode: str, count: int, rng: random.Random) -> list[str]:
     """One line for each mount. Points that each answer passes come late: the mount itself must not pass them so often."""
     points = points_of(mode, count, rng)
-    late = {"answer": (300, 1000, 3000), "commit": (60, 200, 600), "committed": (60, 200, 600), "created": (20, 100)}
+    late = {"answer": (300, 1000, 3000), "commit": (60, 200, 600), "committed": (60, 200, 600)}
     return [f"{rng.choice(late.get(point, (1, 2, 5) if point in OFTEN else (1,)))} {point}" for point in points]
 
 
