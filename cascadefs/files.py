@@ -51,6 +51,7 @@ class Files:
         database.undo.append(self._keep_dead)
         self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
         self.sealed: Callable[[int], None] = nobody_waits  # an inode shows an object in memory now
+        self.left_stream: Callable[[int], None] = nobody_waits  # an inode that handles stream got a staged file
         self.deleting: Callable[[int], None] = nobody_waits  # an inode is about to be deleted
         self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
@@ -257,6 +258,8 @@ class Files:
             self.residency.tidy([found.digest])
         if cut_at is not None:  # not before the row says so: until then these bytes may be the only copy of the object
             media.truncate(path, cut_at)
+        if live.directs:
+            self.left_stream(inode.ino)
 
     def _create_staged(self, ino: int, home: Home) -> tuple[int, Home]:
         """An empty staged file in that home, on the disk when memory refuses it: (read-only descriptor, where it is)."""

@@ -1,6 +1,6 @@
 # The relay between /dev/fuse and pyfuse3, which believes that its end of a socket pair is the device.
 #
-# Owns: message buffers, the tables, the readers of the device, counters. Borrows both
+# Owns: message buffers, the tables, the readers of the device. Borrows both
 # descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
 # A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE, LSEEK),
 # when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what is so
@@ -22,23 +22,24 @@ from cython_ext.handle_table cimport (
     Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
 from cython_ext.message_io cimport (
-    Counters, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC, PAGE, POLLIN, POLLOUT, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited,
-    asks_for_capability, await_ready, count, has_answer, is_told_once, least_bytes, recv, send)
+    MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, asks_for_capability,
+    await_ready, count, is_told_once, least_bytes, recv)
 from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
 from cython_ext.own_answers cimport Known, allocate_file, keep_release, known_free, known_init, make_file, open_file, seek_file
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
-    ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop, usleep)
+    ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
+from cython_ext.wire cimport ANSWER_MAX, Wire, answer, refuse, send_answer, send_request, to_device
 from libc.errno cimport (
     EAGAIN, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOSYS, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.ioctl cimport ioctl
-from posix.unistd cimport read, write
+from posix.unistd cimport read
 
 from os import strerror
 
@@ -48,8 +49,6 @@ cdef enum:
     MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
     MAX_MESSAGE = 64 << 20
     LISTING_MAX = 128 << 10  # READDIR: an answer must fit the smallest socket buffer a system may grant (208 KiB)
-    ANSWER_MAX = 16 + 144  # the longest answer made here but READ: a CREATE
-    SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
     INIT_MAX = 256
 
 cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
@@ -69,8 +68,7 @@ cdef int check(int code) except -1:
 
 
 cdef class Transport:
-    cdef int device_fd
-    cdef int socket_fd
+    cdef Wire wire
     cdef size_t message_max
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted
@@ -86,7 +84,6 @@ cdef class Transport:
     cdef uint8_t[::1] event_memory, create_memory  # kept alive
     cdef uint8_t init_message[INIT_MAX]
     cdef size_t init_size
-    cdef Counters counters
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, uint8_t[::1] events = None,
                   uint8_t[::1] creates = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
@@ -94,7 +91,7 @@ cdef class Transport:
         `creates`: CREATE_RING_BYTES of the memory tier, for the files that were made here; without it none is."""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
-        self.device_fd, self.socket_fd = device_fd, socket_fd
+        self.wire.device_fd, self.wire.socket_fd = device_fd, socket_fd
         self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
         self.reply_buffer = aligned_buffer(max_message_bytes)
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
@@ -185,7 +182,7 @@ cdef class Transport:
         memset(&map, 0, sizeof(map))
         map.fd = fd
         with nogil:
-            backing_id = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_OPEN, &map)
+            backing_id = ioctl(self.wire.device_fd, <unsigned long>DEV_IOC_BACKING_OPEN, &map)
         check(errno if backing_id < 0 else 0)
         return backing_id
 
@@ -193,7 +190,7 @@ cdef class Transport:
         cdef uint32_t argument = <uint32_t>backing_id
         cdef int code
         with nogil:
-            code = ioctl(self.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
+            code = ioctl(self.wire.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
         check(errno if code < 0 else 0)
 
     def replay_init(self, const uint8_t[::1] message):
@@ -306,12 +303,12 @@ cdef class Transport:
 
     def counts(self):
         """Requests by opcode (those that came), bytes served here, and what became of the messages."""
-        cdef uint64_t *by_opcode = self.counters.requests
+        cdef uint64_t *by_opcode = self.wire.counters.requests
         result = {OPCODE_NAMES[opcode]: by_opcode[opcode] for opcode in range(OPCODE_SLOTS) if by_opcode[opcode]}
         result.update(
-            read_bytes=self.counters.read_bytes, write_bytes=self.counters.write_bytes, served=self.counters.served,
-            forwarded=self.counters.forwarded, failed_replies=self.counters.failed_replies,
-            malformed=self.counters.malformed, lost_handles=self.counters.lost_handles)
+            read_bytes=self.wire.counters.read_bytes, write_bytes=self.wire.counters.write_bytes, served=self.wire.counters.served,
+            forwarded=self.wire.counters.forwarded, failed_replies=self.wire.counters.failed_replies,
+            malformed=self.wire.counters.malformed, lost_handles=self.wire.counters.lost_handles)
         return result
 
     # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------
@@ -322,7 +319,7 @@ cdef class Transport:
         cdef ssize_t got
         cdef int code = 0
         while not code and reader_may_read(&self.readers, reader):
-            got = read(self.device_fd, message, self.message_max)
+            got = read(self.wire.device_fd, message, self.message_max)
             reader_works(reader)
             if got > 0:
                 code = self.take_request(message, <size_t>got)
@@ -330,7 +327,7 @@ cdef class Transport:
                 break
             elif errno == EAGAIN:
                 reader_may_read(&self.readers, reader)
-                await_ready(self.device_fd, <short>POLLIN)
+                await_ready(self.wire.device_fd, <short>POLLIN)
             elif errno not in (EINTR, ENOENT):  # ENOENT: the request was taken back while it was copied
                 code = errno
         reader_works(reader)
@@ -346,37 +343,37 @@ cdef class Transport:
         cdef fuse_lseek_out sought
         cdef int code
         if size < sizeof(fuse_in_header):
-            count(&self.counters.malformed, 1)
+            count(&self.wire.counters.malformed, 1)
             return 0
-        count(&self.counters.requests[head.opcode if head.opcode < OPCODE_SLOTS else 0], 1)
+        count(&self.wire.counters.requests[head.opcode if head.opcode < OPCODE_SLOTS else 0], 1)
         if head.len != size or size < least_bytes(head.opcode):
-            count(&self.counters.malformed, 1)
-            return self.refuse(head, EINVAL)
+            count(&self.wire.counters.malformed, 1)
+            return refuse(&self.wire, head, EINVAL)
         if head.opcode == FUSE_READ:
             return self.take_read(message, size)
         if head.opcode == FUSE_WRITE:
             return self.take_write(message, size)
         if head.opcode == FUSE_LOOKUP and is_absent(&self.known.names, message, size):
-            return self.answer(head.unique, ENOENT, NULL, 0)
+            return answer(&self.wire, head.unique, ENOENT, NULL, 0)
         if not self.capabilities and asks_for_capability(message, size):
-            return self.answer(head.unique, ENODATA, NULL, 0)
+            return answer(&self.wire, head.unique, ENODATA, NULL, 0)
         if head.opcode == FUSE_GETATTR and attributes_copy(&self.known.attributes, head.nodeid, &found):
-            return self.answer(head.unique, 0, &found, sizeof(found))
+            return answer(&self.wire, head.unique, 0, &found, sizeof(found))
         if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
             return self.answer_open(head.unique, &made, sizeof(made), made.opened.fh)
         if head.opcode == FUSE_OPEN and self.passthrough_agreed and open_file(&self.known, message, &opened):
             return self.answer_open(head.unique, &opened, sizeof(opened), opened.fh)
         if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):
-            return self.answer(head.unique, 0, NULL, 0)
+            return answer(&self.wire, head.unique, 0, NULL, 0)
         if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.known.events, message, size):
             return 0
         if head.opcode == FUSE_IOCTL:  # isatty() at every open() of Python's; the kernel makes ENOTTY of it
-            return self.answer(head.unique, ENOSYS, NULL, 0)
+            return answer(&self.wire, head.unique, ENOSYS, NULL, 0)
         if head.opcode == FUSE_FALLOCATE:
-            return self.answer(head.unique, allocate_file(&self.known, message), NULL, 0)
+            return answer(&self.wire, head.unique, allocate_file(&self.known, message), NULL, 0)
         if head.opcode == FUSE_LSEEK:
             code = seek_file(&self.known, message, &sought)
-            return self.answer(head.unique, code, &sought, sizeof(sought))
+            return answer(&self.wire, head.unique, code, &sought, sizeof(sought))
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
             listing.size = min(listing.size, <uint32_t>LISTING_MAX)
         return self.forward(message, head.len, EIO)
@@ -399,10 +396,10 @@ cdef class Transport:
             got = read_range(handle.fd, data, arg.size, <int64_t>arg.offset)
         handles_return(&self.known.handles, handle)
         if got < 0:
-            return self.answer(unique, <int>-got, NULL, 0)
-        count(&self.counters.served, 1)
-        count(&self.counters.read_bytes, <uint64_t>got)
-        self.send_answer(data - REPLY_HEAD, REPLY_HEAD + <size_t>got, unique, 0)
+            return answer(&self.wire, unique, <int>-got, NULL, 0)
+        count(&self.wire.counters.served, 1)
+        count(&self.wire.counters.read_bytes, <uint64_t>got)
+        send_answer(&self.wire, data - REPLY_HEAD, REPLY_HEAD + <size_t>got, unique, 0)
         return 0
 
     cdef int take_write(self, uint8_t *message, size_t size) noexcept nogil:
@@ -412,8 +409,8 @@ cdef class Transport:
         cdef int code
         cdef Handle *handle
         if arg.size != size - WRITE_HEAD:
-            count(&self.counters.malformed, 1)
-            return self.refuse(head, EINVAL)
+            count(&self.wire.counters.malformed, 1)
+            return refuse(&self.wire, head, EINVAL)
         handle = handles_borrow(&self.known.handles, arg.fh)
         if handle == NULL:
             return self.forward(message, size, EIO)
@@ -425,9 +422,9 @@ cdef class Transport:
         if code in (ENOSPC, EDQUOT):
             return self.forward(message, size, ENOSPC)  # Python can make room; the bytes already written it writes again
         if not code:
-            count(&self.counters.write_bytes, arg.size)
+            count(&self.wire.counters.write_bytes, arg.size)
         done.size, done.padding = arg.size, 0
-        return self.answer(head.unique, code, &done, sizeof(done))
+        return answer(&self.wire, head.unique, code, &done, sizeof(done))
 
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
         """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""
@@ -442,80 +439,35 @@ cdef class Transport:
             self.offered_flags = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags
             self.offered_flags2 = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags2
         if remembered and not remember(&self.requests, head.unique, head.opcode):
-            return self.refuse(head, ENOMEM)
-        code = self.send_request(message, size)
+            return refuse(&self.wire, head, ENOMEM)
+        code = send_request(&self.wire, message, size)
         if not code:
-            count(&self.counters.forwarded, 1)
+            count(&self.wire.counters.forwarded, 1)
             return 0
         if remembered:
             recall(&self.requests, head.unique)
-        return self.refuse(head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
-
-    cdef int send_request(self, const uint8_t *message, size_t size) noexcept nogil:
-        # A large datagram needs contiguous kernel memory, which may take a moment to be found.
-        cdef int attempts = 0
-        while send(self.socket_fd, message, size, MSG_NOSIGNAL) < 0:
-            if errno == EAGAIN:
-                await_ready(self.socket_fd, <short>POLLOUT)
-            elif errno in (ENOBUFS, ENOMEM) and attempts < SEND_ATTEMPTS:
-                attempts += 1
-                usleep(1000)
-            elif errno != EINTR:
-                return errno
-        return 0
+        return refuse(&self.wire, head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
 
     # --- answers: here or pyfuse3 -> kernel ----------------------------------------------------------------------
-
-    cdef int refuse(self, const fuse_in_header *head, int code) noexcept nogil:
-        if has_answer(head.opcode):
-            self.answer(head.unique, code, NULL, 0)
-        return 0
-
-    cdef int answer(self, uint64_t unique, int code, const void *body, size_t body_size) noexcept nogil:
-        """A small answer; an error has no body. Always 0: the loop goes on."""
-        cdef uint8_t message[ANSWER_MAX]
-        if code:
-            body_size = 0
-        if body_size:
-            memcpy(message + REPLY_HEAD, body, body_size)
-        count(&self.counters.served, 1)
-        self.send_answer(message, REPLY_HEAD + body_size, unique, code)
-        return 0
 
     cdef int answer_open(self, uint64_t unique, const void *body, size_t body_size, uint64_t fh) noexcept nogil:
         """As answer(). An open that the kernel no longer wants (interrupted) has no RELEASE: make one."""
         cdef uint8_t message[ANSWER_MAX]
         memcpy(message + REPLY_HEAD, body, body_size)
-        count(&self.counters.served, 1)
-        if self.send_answer(message, REPLY_HEAD + body_size, unique, 0):
+        count(&self.wire.counters.served, 1)
+        if send_answer(&self.wire, message, REPLY_HEAD + body_size, unique, 0):
             self.make_release(fh)
         return 0
 
     cdef void make_release(self, uint64_t fh) noexcept nogil:
         if not events_put(&self.known.events, FUSE_RELEASE, fh, 0, 0, 0):
-            count(&self.counters.lost_handles, 1)
-
-    cdef int send_answer(self, uint8_t *message, size_t size, uint64_t unique, int code) noexcept nogil:
-        cdef fuse_out_header *head = <fuse_out_header *>message
-        head.len, head.error, head.unique = <uint32_t>size, -code, unique
-        return self.to_device(message, size)
-
-    cdef int to_device(self, const uint8_t *message, size_t size) noexcept nogil:
-        """0 or an errno. ENOENT (nobody waits for it any more) and ENODEV (unmounted) are not counted as failures."""
-        while write(self.device_fd, message, size) < 0:
-            if errno == EAGAIN:
-                await_ready(self.device_fd, <short>POLLOUT)
-            elif errno != EINTR:
-                if errno not in (ENOENT, ENODEV):
-                    count(&self.counters.failed_replies, 1)
-                return errno
-        return 0
+            count(&self.wire.counters.lost_handles, 1)
 
     cdef int drain_replies(self, uint8_t *message) noexcept nogil:
         """0 when there is none left, ECONNRESET at the end, else an errno."""
         cdef ssize_t got
         while True:
-            got = recv(self.socket_fd, message, self.message_max, MSG_TRUNC | MSG_DONTWAIT)  # the full length, even if cut
+            got = recv(self.wire.socket_fd, message, self.message_max, MSG_TRUNC | MSG_DONTWAIT)  # the full length, even if cut
             if got > 0:
                 self.take_reply(message, <size_t>got)
             elif got == 0:
@@ -531,27 +483,27 @@ cdef class Transport:
         cdef uint32_t opcode
         cdef int code
         if size < REPLY_HEAD:
-            count(&self.counters.malformed, 1)
+            count(&self.wire.counters.malformed, 1)
             return
         opcode = recall(&self.requests, head.unique)
         if size > self.message_max or head.len != size:
-            count(&self.counters.malformed, 1)
-            self.answer(head.unique, EIO, NULL, 0)
+            count(&self.wire.counters.malformed, 1)
+            answer(&self.wire, head.unique, EIO, NULL, 0)
             return
         if opcode == FUSE_INIT and not head.error:
             self.passthrough_agreed = edit_init(
                 message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, self.offered_flags, self.offered_flags2,
                 self.passthrough_wanted) or self.passthrough_agreed
             if head.unique == REPLAY:
-                self.send_answer(message, REPLY_HEAD, 0, -NOTIFY_RESEND)
+                send_answer(&self.wire, message, REPLY_HEAD, 0, -NOTIFY_RESEND)
                 self.ready = True
                 return
-            self.to_device(message, size)
+            to_device(&self.wire, message, size)
             self.ready = True
             return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
             opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
             edit_open(&self.known.handles, opened)
-        code = self.to_device(message, size)
+        code = to_device(&self.wire, message, size)
         if code and opened != NULL:  # as in answer_open()
             self.make_release(opened.fh)

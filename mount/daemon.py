@@ -103,8 +103,8 @@ class Daemon:
             "restarts": self.table.generation - 1,
             "upgrades_refused": self.table.refusals,
             "huge_pages": memory.huge,
-            "granted_opens": self.operations.grants.count,
-            "spare_files": self.operations.spares.count,
+            "granted_opens": self.operations.answered.grants.count,
+            "spare_files": self.operations.answered.spares.count,
             "requests": self.session.transport.counts(),
         }
 
@@ -144,7 +144,7 @@ class Daemon:
             self.store.files.moved = self.session.forget_names
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
-                self.operations.inherit()
+                self.operations.answered.inherit()
             nursery.start_soon(self._catch_up)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()
@@ -170,9 +170,9 @@ class Daemon:
             await trio.sleep(HURRY_S if hurry else CATCH_UP_S)
             hurry = False
             try:
-                self.operations.catch_up()
-                hurry = self.operations.spares.refill()
-                self.operations.grants.give_wanted()
+                self.operations.answered.catch_up()
+                hurry = self.operations.answered.spares.refill()
+                self.operations.answered.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")
 
@@ -184,11 +184,11 @@ class Daemon:
 
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
-        self.operations.catch_up()
-        self.operations.spares.withdraw(connected=False)
+        self.operations.answered.catch_up()
+        self.operations.answered.spares.withdraw(connected=False)
         self.store.files.sources.closing = lambda source: None
         with contextlib.suppress(OSError):
-            self.operations.grants.end_all()
+            self.operations.answered.grants.end_all()
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)
         lookups, self.store.files.lookups = self.store.files.lookups, {}

@@ -25,7 +25,7 @@ FIRST = 1 << 31  # handles made from grants have numbers from here on, within th
 
 
 class Grants:
-    """Those of one mount. `catch_up` takes in what the transport has answered (operations.py)."""
+    """Those of one mount. `catch_up` takes in what the transport has answered (answered.py)."""
 
     def __init__(self, store: Store, handles: Handles, catch_up: Callable[[], None]) -> None:
         self.store, self.handles, self.transport = store, handles, handles.transport

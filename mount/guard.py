@@ -27,7 +27,7 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
     @functools.wraps(handler)
     async def run(operations: Any, *args: Any) -> R:
         try:
-            operations.prepare(handler.__name__)
+            operations.answered.prepare(handler.__name__)
             return await handler(operations, *args)
         except pyfuse3.FUSEError:
             raise

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pyfuse3
 
+from cascadefs import media
 from cascadefs.creates import Created
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
@@ -27,7 +28,7 @@ UNRECORDED = 8  # a worker asks for one backing id at a time; the rest is room f
 
 @dataclass(slots=True)
 class Opened:
-    """`fd` is a descriptor of our own for writing, or -1."""
+    """`fd` is a descriptor of our own, for writing or to seek in, or -1."""
 
     handle: Handle
     fd: int
@@ -44,7 +45,7 @@ class Handles:
         self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
         self._numbers = itertools.count((table.generation << 32) + 1)
         self.open_flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
-        store.files.sources.closing = self._source_closes
+        store.files.sources.closing, store.files.left_stream = self._source_closes, self._follow
 
     def number(self) -> int:
         """A number for a handle."""
@@ -99,6 +100,16 @@ class Handles:
         served_fd = fd if fd >= 0 else source.fd
         self.transport.set_handle(fh, fd=served_fd, open_flags=flags, served=True, writable=handle.writable)
         return fd
+
+    def _follow(self, ino: int) -> None:
+        """Handles that were opened as streams of an object: the transport seeks in the file that their inode has now."""
+        path = self.store.files.staged_path(self.store.namespace.get(ino))
+        for fh, opened in self._open.items():
+            if opened.handle.ino == ino and opened.handle.source is None:
+                before, opened.fd = opened.fd, media.open_file(path, os.O_RDONLY)
+                self.transport.set_handle(fh, fd=opened.fd, open_flags=self.open_flags | FOPEN_DIRECT_IO)
+                if before >= 0:
+                    os.close(before)
 
     def inherit(self, opened: Sequence[tuple[int, int, int, int]] = ()) -> None:
         """Take over what an earlier worker had open, and what its transport had made and `opened` (as take_events() tells)

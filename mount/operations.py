@@ -5,10 +5,8 @@ writes that found no space. Invariants: (1) Every handler is guarded. (2) What t
 reply is counted in `files.lookups`, and taken off by forget(). (3) Between two awaits a handler is atomic.
 """
 
-import contextlib
 import errno
 import itertools
-import logging
 import os
 import stat
 import time
@@ -20,16 +18,13 @@ from typing import TypeAlias
 import pyfuse3
 import trio
 
-from cascadefs.crash import point
-from cascadefs.creates import Created
 from cascadefs.errors import os_error
 from cascadefs.mount import facts, virtual
+from cascadefs.mount.answered import Answered
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
-from cascadefs.mount.grants import Grants
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
-from cascadefs.mount.spares import Spares
 from cascadefs.mount.virtual import Virtual, is_virtual
 from cascadefs.namespace import RENAME_EXCHANGE, ROOT
 from cascadefs.store import Store
@@ -38,14 +33,10 @@ from cascadefs.types import Inode
 Context: TypeAlias = pyfuse3.RequestContext
 Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
-log = logging.getLogger(__name__)
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
-OF_NAMES = frozenset(
-    ("lookup", "create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "opendir", "readdir")
-)
 DROP_MEMORY = b"user.cascade.drop-memory"
 VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
@@ -63,11 +54,9 @@ class Operations(pyfuse3.Operations):
     def __init__(self, store: Store, handles: Handles, shown: Virtual, once: Once) -> None:
         super().__init__()
         self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
-        self.once, self.spares = once, Spares(store, handles)
-        self.grants = Grants(store, handles, self.catch_up_or_fail)
+        self.once, self.answered = once, Answered(store, handles, once)
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
-        self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
         self._texts: dict[int, bytes] = {}
 
@@ -93,15 +82,7 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET: inodes without name and user go now."""
         for ino, times in inode_list:
-            self._forget(ino, times)
-
-    def _forget(self, ino: int, times: int) -> None:
-        left = self.files.lookups.get(ino, 0) - times
-        if left > 0:
-            self.files.lookups[ino] = left
-        else:
-            self.files.lookups.pop(ino, None)
-            self.files.forget_if_gone(ino)
+            self.answered.forget(ino, times)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
         """MKNOD: files, fifos, sockets, devices."""
@@ -158,7 +139,7 @@ class Operations(pyfuse3.Operations):
         self.transport.drop_attributes(ino)
         self.transport.remove_name(parent, name)
         self._folders_changed(parent)
-        if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
+        if self.answered.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
             self.files.lookups.setdefault(ino, 1)
         self.files.forget_if_gone(ino)
 
@@ -178,87 +159,6 @@ class Operations(pyfuse3.Operations):
                 self.transport.add_name(parent, name)
             await trio.lowlevel.checkpoint()
         self.transport.names_are_complete()
-
-    def prepare(self, handler: str) -> None:
-        """Before a handler: it must know the files that the transport has made. If the index cannot take them now, a handler
-        that could miss their names fails, others go on."""
-        try:
-            self.take_creates()
-        except OSError:
-            if handler in OF_NAMES:
-                raise
-
-    def take_creates(self) -> None:
-        """Enter the files that the transport has made since the last call, in one commit. OSError: none; it is tried again."""
-        put = self.store.creates.put
-        created = self.store.creates.pending(put)
-        if not created:
-            return
-        point("entering")
-        self.files.last_use = time.monotonic()
-        try:
-            self.store.database.reserve.lend(partial(self._enter, created))
-        except OSError:
-            self.spares.withdraw()
-            raise
-        point("entered")
-        for one in created:
-            self.spares.take(one)
-        self.store.creates.settle(put)
-
-    def _enter(self, created: Sequence[Created]) -> None:
-        numbers = [self.once.number(one.request, one.folder) for one in created]
-        try:
-            self.names.enter_created(created, numbers)
-        except BaseException:
-            self.once.drop(numbers)
-            raise
-
-    def catch_up(self) -> None:
-        """Do what the transport put aside because nobody waits for it: releases and forgets; hear of the opens it answered."""
-        with contextlib.suppress(OSError):
-            self.catch_up_or_fail()
-
-    def catch_up_or_fail(self) -> None:
-        """As catch_up(). OSError, and nothing has changed, when the index does not take what was created before."""
-        limit = self.transport.events_put()
-        self.take_creates()  # a file is known before its release
-        opened, released, forgotten = self.transport.take_events(limit)
-        if not opened and not released and not forgotten:
-            return
-        gone = set(released)
-        for fh, ino, request, backing_id in opened:
-            self._granted(ino, None if fh in gone else fh, request, backing_id)
-        self._take_in(released, forgotten)
-
-    def _take_in(self, released: Sequence[int], forgotten: Sequence[tuple[int, int]]) -> None:
-        with self.store.database.transaction():  # one commit for all
-            for fh in released:
-                self.handles.remove(fh)
-            for ino, times in forgotten:
-                self._forget(ino, times)
-        self.transport.events_done()
-        self.files.delete_leftover()
-
-    def inherit(self) -> None:
-        """Take a mount over from an earlier worker. Before the first request."""
-        opened, released, forgotten = self.transport.take_events(self.transport.events_put())
-        self.handles.inherit(opened)
-        self.once.add_done(one.request for one in self.store.created)
-        self.store.creates.settle(self.store.creates.put)
-        self.inherited = True
-        self._take_in(released, forgotten)
-
-    def _granted(self, ino: int, fh: int | None, request: int, backing_id: int) -> None:
-        """The transport has answered an OPEN for reading, by a grant. `fh` None: it is closed already."""
-        source = self.grants.source_of(ino)
-        if source is None:
-            log.error("inode %d was opened by a grant that is gone", ino)
-            return
-        self.files.read_without_us(ino, source)
-        if fh is not None:
-            handle = self.files.of(ino).enter(self.files.sources.share(source), False, direct=False)
-            self.handles.take_granted(fh, handle, request, backing_id)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
@@ -327,7 +227,7 @@ class Operations(pyfuse3.Operations):
         """OPENDIR."""
         if is_virtual(inode):
             _refuse_others(ctx)
-        self.catch_up()
+        self.answered.catch_up()
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -353,7 +253,7 @@ class Operations(pyfuse3.Operations):
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """FSYNCDIR: names are durable; of .cascade: everything is (the way `cascadefs flush` asks for it)."""
-        self.catch_up()
+        self.answered.catch_up()
         if fh == virtual.FOLDER:
             await self.store.flush()
         else:
@@ -372,8 +272,8 @@ class Operations(pyfuse3.Operations):
         _refuse_virtual(inode)
         self.transport.drop_attributes(inode)
         if fields.update_size:
-            with self.grants.held_back(inode):
-                self.catch_up()  # a reader that has left must not be taken for one that stays
+            with self.answered.grants.held_back(inode):
+                self.answered.catch_up()  # a reader that has left must not be taken for one that stays
                 await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
@@ -413,7 +313,7 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: Context) -> bytes:
         """GETXATTR."""
         if name.startswith(facts.PREFIX) and not is_virtual(inode):
-            self.catch_up()
+            self.answered.catch_up()
             return await facts.fact(self.store, inode, name)
         _refuse_kind(name)
         return self.names.get_xattr(inode, name)
@@ -456,7 +356,7 @@ class Operations(pyfuse3.Operations):
         request = self.once.request(ctx)
         if (made := self._made(parent, name, ctx)) is not None:
             self.handles.forget_request(request)
-            with self.grants.held_back(made.ino):
+            with self.answered.grants.held_back(made.ino):
                 handle = await self.files.open(made.ino, True)
             return self.handles.add(handle, flags, request), self._told(made)
         home = self.store.residency.home_for_new()
@@ -478,7 +378,7 @@ class Operations(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: Context) -> Info:
         """OPEN."""
-        self.catch_up()
+        self.answered.catch_up()
         if is_virtual(inode):
             _refuse_others(ctx)
             return self._open_text(inode, flags)
@@ -486,9 +386,9 @@ class Operations(pyfuse3.Operations):
         self.handles.forget_request(request)
         if not flags & (WRITE_FLAGS | os.O_TRUNC):
             info = self.handles.add(await self.files.open(inode, False), flags, request)
-            self.grants.want(inode)
+            self.answered.grants.want(inode)
             return info
-        with self.grants.held_back(inode):
+        with self.answered.grants.held_back(inode):
             handle = await self.files.open(inode, bool(flags & WRITE_FLAGS), bool(flags & os.O_TRUNC))
         if flags & WRITE_FLAGS:
             self._strip_set_id(inode, ctx.uid)
@@ -530,7 +430,7 @@ class Operations(pyfuse3.Operations):
         """FSYNC: data and name are durable afterwards. Writes through mappings may have changed times: ask again."""
         if fh & TEXT_HANDLES:
             return
-        self.catch_up()
+        self.answered.catch_up()
         if (opened := self.handles.get(fh)) is None:
             await self.store.flush()  # it is not known which file is meant
             return

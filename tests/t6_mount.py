@@ -1,5 +1,6 @@
 """Whole runs over real mounts: dedup, packing, restarts with and without memory, kill -9, pressure, facts, doors."""
 
+import errno
 import hashlib
 import json
 import os
@@ -209,6 +210,27 @@ def test_a_large_cold_file_is_streamed_and_can_be_changed(mount, tmp_path):
         reader.seek(7 * MIB)
         assert reader.read(3) == b"new"
     assert (mount.path / "big").read_bytes() == data[: 7 * MIB] + b"new" + data[7 * MIB + 3 :]
+
+
+def test_a_reader_of_a_stream_seeks_in_what_its_file_becomes(mount, tmp_path):
+    (tmp_path / "toml").write_text('promote_limit = "1MiB"\n')
+    mount.start("--config", tmp_path / "toml")
+    path = mount.path / "large"
+    path.write_bytes(b"x" * (5 << 20))
+    mount.stop("--drop-memory")
+    mount.start("--config", tmp_path / "toml")
+    reader = os.open(path, os.O_RDONLY)  # cold, and too large to be brought to memory
+    assert os.lseek(reader, 4096, os.SEEK_DATA) == 4096
+    path.write_bytes(b"short")
+    for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+        with pytest.raises(OSError) as caught:
+            os.lseek(reader, 4096, whence)
+        assert caught.value.errno == errno.ENXIO
+    with path.open("r+b") as writer:
+        writer.truncate(1 << 20)
+        assert os.lseek(reader, 4096, os.SEEK_HOLE) == 4096
+    assert os.pread(reader, 100, 0) == b"short" + bytes(95)
+    os.close(reader)
 
 
 def test_umount_of_a_busy_mount_says_so_and_changes_nothing(mount):

@@ -1,0 +1,73 @@
+# Sending: answers to the kernel, requests to pyfuse3.
+#
+# Owns: counters. Borrows both descriptors. A .pxd of inline functions, compiled into fuse_transport. Knows no table. Invariant: no
+# lock is held while it waits.
+
+from cython_ext.fuse_abi cimport *
+from cython_ext.message_io cimport Counters, MSG_NOSIGNAL, POLLOUT, REPLY_HEAD, await_ready, count, has_answer, send
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from posix.unistd cimport write
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
+
+cdef enum:
+    ANSWER_MAX = 16 + 144  # the longest answer made here but READ: a CREATE
+    SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
+
+ctypedef struct Wire:
+    int device_fd
+    int socket_fd
+    Counters counters
+
+
+cdef inline int send_request(Wire *wire, const uint8_t *message, size_t size) noexcept nogil:
+    """To pyfuse3. 0 or an errno. A large datagram needs contiguous kernel memory, which may take a moment to be found."""
+    cdef int attempts = 0
+    while send(wire.socket_fd, message, size, MSG_NOSIGNAL) < 0:
+        if errno == EAGAIN:
+            await_ready(wire.socket_fd, <short>POLLOUT)
+        elif errno in (ENOBUFS, ENOMEM) and attempts < SEND_ATTEMPTS:
+            attempts += 1
+            usleep(1000)
+        elif errno != EINTR:
+            return errno
+    return 0
+
+
+cdef inline int to_device(Wire *wire, const uint8_t *message, size_t size) noexcept nogil:
+    """To the kernel. 0 or an errno. ENOENT (nobody waits for it any more) and ENODEV (unmounted) are not counted as failures."""
+    while write(wire.device_fd, message, size) < 0:
+        if errno == EAGAIN:
+            await_ready(wire.device_fd, <short>POLLOUT)
+        elif errno != EINTR:
+            if errno not in (ENOENT, ENODEV):
+                count(&wire.counters.failed_replies, 1)
+            return errno
+    return 0
+
+
+cdef inline int send_answer(Wire *wire, uint8_t *message, size_t size, uint64_t unique, int code) noexcept nogil:
+    cdef fuse_out_header *head = <fuse_out_header *>message
+    head.len, head.error, head.unique = <uint32_t>size, -code, unique
+    return to_device(wire, message, size)
+
+
+cdef inline int answer(Wire *wire, uint64_t unique, int code, const void *body, size_t body_size) noexcept nogil:
+    """A small answer; an error has no body. Always 0: the loop goes on."""
+    cdef uint8_t message[ANSWER_MAX]
+    if code:
+        body_size = 0
+    if body_size:
+        memcpy(message + REPLY_HEAD, body, body_size)
+    count(&wire.counters.served, 1)
+    send_answer(wire, message, REPLY_HEAD + body_size, unique, code)
+    return 0
+
+
+cdef inline int refuse(Wire *wire, const fuse_in_header *head, int code) noexcept nogil:
+    if has_answer(head.opcode):
+        answer(wire, head.unique, code, NULL, 0)
+    return 0

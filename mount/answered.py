@@ -1,0 +1,125 @@
+"""What the transport has answered by itself, taken in afterwards: files it made, opens it granted, releases and forgets.
+
+Owns: the order of taking in, the spares and grants, lookup counts after FORGET. Knows no handler. Never awaits. Invariants:
+(1) A file is known before anything else of it is. (2) A handle is known before its release. (3) What was taken in is settled
+with the transport after its commit: a later worker finds what this one did not finish.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from cascadefs.crash import point
+from cascadefs.creates import Created
+from cascadefs.mount.grants import Grants
+from cascadefs.mount.handles import Handles
+from cascadefs.mount.once import Once
+from cascadefs.mount.spares import Spares
+from cascadefs.store import Store
+
+log = logging.getLogger(__name__)
+OF_NAMES = frozenset(
+    ("lookup", "create", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "opendir", "readdir")
+)
+
+
+class Answered:
+    """Of one mount."""
+
+    def __init__(self, store: Store, handles: Handles, once: Once) -> None:
+        self.store, self.handles, self.once, self.transport = store, handles, once, handles.transport
+        self.files = store.files
+        self.spares, self.grants = Spares(store, handles), Grants(store, handles, self.catch_up_or_fail)
+        self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
+
+    def prepare(self, handler: str) -> None:
+        """Before a handler: it must know the files that the transport has made. If the index cannot take them now, a handler
+        that could miss their names fails, others go on."""
+        try:
+            self.take_creates()
+        except OSError:
+            if handler in OF_NAMES:
+                raise
+
+    def take_creates(self) -> None:
+        """Enter the files that the transport has made since the last call, in one commit. OSError: none; it is tried again."""
+        put = self.store.creates.put
+        created = self.store.creates.pending(put)
+        if not created:
+            return
+        point("entering")
+        self.files.last_use = time.monotonic()
+        try:
+            self.store.database.reserve.lend(partial(self._enter, created))
+        except OSError:
+            self.spares.withdraw()
+            raise
+        point("entered")
+        for one in created:
+            self.spares.take(one)
+        self.store.creates.settle(put)
+
+    def _enter(self, created: Sequence[Created]) -> None:
+        numbers = [self.once.number(one.request, one.folder) for one in created]
+        try:
+            self.store.namespace.enter_created(created, numbers)
+        except BaseException:
+            self.once.drop(numbers)
+            raise
+
+    def catch_up(self) -> None:
+        """Do what the transport put aside because nobody waits for it: releases and forgets; hear of the opens it answered."""
+        with contextlib.suppress(OSError):
+            self.catch_up_or_fail()
+
+    def catch_up_or_fail(self) -> None:
+        """As catch_up(). OSError, and nothing has changed, when the index does not take what was created before."""
+        limit = self.transport.events_put()
+        self.take_creates()  # a file is known before its release
+        opened, released, forgotten = self.transport.take_events(limit)
+        if not opened and not released and not forgotten:
+            return
+        gone = set(released)
+        for fh, ino, request, backing_id in opened:
+            self._granted(ino, None if fh in gone else fh, request, backing_id)
+        self._take_in(released, forgotten)
+
+    def _take_in(self, released: Sequence[int], forgotten: Sequence[tuple[int, int]]) -> None:
+        with self.store.database.transaction():  # one commit for all
+            for fh in released:
+                self.handles.remove(fh)
+            for ino, times in forgotten:
+                self.forget(ino, times)
+        self.transport.events_done()
+        self.files.delete_leftover()
+
+    def inherit(self) -> None:
+        """Take a mount over from an earlier worker. Before the first request."""
+        opened, released, forgotten = self.transport.take_events(self.transport.events_put())
+        self.handles.inherit(opened)
+        self.once.add_done(one.request for one in self.store.created)
+        self.store.creates.settle(self.store.creates.put)
+        self.inherited = True
+        self._take_in(released, forgotten)
+
+    def _granted(self, ino: int, fh: int | None, request: int, backing_id: int) -> None:
+        """The transport has answered an OPEN for reading, by a grant. `fh` None: it is closed already."""
+        source = self.grants.source_of(ino)
+        if source is None:
+            log.error("inode %d was opened by a grant that is gone", ino)
+            return
+        self.files.read_without_us(ino, source)
+        if fh is not None:
+            handle = self.files.of(ino).enter(self.files.sources.share(source), False, direct=False)
+            self.handles.take_granted(fh, handle, request, backing_id)
+
+    def forget(self, ino: int, times: int) -> None:
+        """The kernel has dropped so many of its references to an inode."""
+        left = self.files.lookups.get(ino, 0) - times
+        if left > 0:
+            self.files.lookups[ino] = left
+        else:
+            self.files.lookups.pop(ino, None)
+            self.files.forget_if_gone(ino)
