@@ -18,7 +18,7 @@ from cascadefs.bench.compare.adapter import Shape, all_systems
 from cascadefs.bench.compare.runner import Result, Runner, Systems, open_runner
 from cascadefs.errors import UserError
 
-TABLE_COLUMNS = 170  # where the output is no terminal, rich assumes 80 and breaks every cell
+TABLE_COLUMNS = 190  # where the output is no terminal, rich assumes 80 and breaks every cell
 
 
 def _chosen(words: Sequence[str]) -> Systems:
@@ -41,9 +41,9 @@ def _measure(runner: Runner, shapes: Sequence[Shape], repeats: int, console: Con
         return found
 
 
-def _compare(preset: str, shapes: Sequence[Shape], repeats: int, systems: Systems, store: Path | None) -> tuple[
-    list[rows.Row], dict[str, object], list[str]
-]:
+def _compare(
+    preset: str, shapes: Sequence[Shape], repeats: int, systems: Systems, store: Path | None
+) -> tuple[list[rows.Row], dict[str, object], list[str]]:
     notes: list[str] = []
     setup = targets.default_setup(store)
     fitted = [presets.fit(shape, targets.available_bytes()) for shape in shapes]
@@ -60,9 +60,9 @@ def _compare(preset: str, shapes: Sequence[Shape], repeats: int, systems: System
 @click.option("--tokens", type=click.IntRange(1, 4096), help="Tokens of a block, 320 KiB each, instead of the preset's.")
 @click.option("--ranks", type=click.IntRange(1, 256), help="Processes, instead of the preset's.")
 @click.option("--duplicates", type=click.FloatRange(0, 1), help="Share of blocks whose content others have, too.")
-@click.option("--repeats", type=click.IntRange(1, 100), default=presets.REPEATS, show_default=True, help="Samples of each figure.")
+@click.option("--repeats", type=click.IntRange(1, 100), default=presets.REPEATS, show_default=True, help="Samples of a figure.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-@click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Draw PNG and SVG into this folder.")
+@click.option("--plot", "plot_folder", type=click.Path(file_okay=False, path_type=Path), help="Draw PNGs and SVGs in here.")
 @click.option("--markdown", is_flag=True, help="Print the tables in Markdown.")
 @click.option(
     "--store",

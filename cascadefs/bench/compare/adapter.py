@@ -14,7 +14,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -103,7 +103,7 @@ class StorageAdapter(ABC):
         """Why the system cannot run here; asked in the parent, so it must be cheap."""
         return None
 
-    @classmethod
+    @classmethod  # noqa: B027 - optional
     def load(cls) -> None:
         """Import what takes long. Called once, before the ranks are forked."""
 
@@ -117,7 +117,7 @@ class StorageAdapter(ABC):
     def initialize(self, address: str, rank: int, shape: Shape) -> None:
         """Get ready: connect, allocate."""
 
-    def stage(self, block_id: str, key: memoryview, value: memoryview) -> None:
+    def stage(self, block_id: str, key: memoryview, value: memoryview) -> None:  # noqa: B027 - optional
         """The data of a put() that follows: bring it where the system wants it. Not measured."""
 
     @abstractmethod
@@ -132,20 +132,20 @@ class StorageAdapter(ABC):
     def contains(self, block_id: str) -> bool:
         """Whether get() would find it."""
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - optional
         """Make what this rank put as durable as the system can."""
 
     @abstractmethod
     def clear(self) -> None:
         """Remove what this rank put."""
 
-    def cool(self) -> None:
+    def cool(self) -> None:  # noqa: B027 - optional
         """Forget what this process caches, after flush()."""
 
-    def recycle(self) -> None:
+    def recycle(self) -> None:  # noqa: B027 - optional
         """What get() returned is not needed any more. Not measured."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - optional
         """Disconnect; nothing is called afterwards."""
 
 
@@ -189,6 +189,16 @@ def not_importable(*modules: str) -> str | None:
 def occupied_bytes(folder: Path) -> int:
     """What the files below a folder occupy."""
     return sum(path.stat().st_blocks * DISK_BLOCK for path in folder.rglob("*") if path.is_file())
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """fsync of each."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def drop_page_cache(folder: Path) -> None:

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TextIO
 
 from cascadefs.bench.compare import kv
-from cascadefs.bench.compare.adapter import Pair, Shape, StorageAdapter, all_systems
+from cascadefs.bench.compare.adapter import Pair, Shape, StorageAdapter, all_systems, split
 
 PR_SET_PDEATHSIG = 1
 BARRIER_NS = 20_000_000  # every rank has heard the start time by then
@@ -54,7 +54,9 @@ class Span:
 class Rank:
     """What one process does in each phase."""
 
-    def __init__(self, system: type[StorageAdapter], data: kv.KvData, address: str, number: int, shape: Shape, seed: int) -> None:
+    def __init__(
+        self, system: type[StorageAdapter], data: kv.KvData, address: str, number: int, shape: Shape, seed: int
+    ) -> None:
         self.shape, self.names = shape, [block_name(number, block) for block in range(shape.blocks)]
         self.sources, self.sinks = kv.blocks(shape, shape.blocks), kv.blocks(shape, shape.blocks)
         self._make(data, number, seed)
@@ -66,7 +68,7 @@ class Rank:
         scratch = kv.buffer(self.shape.block_bytes)
         for (key, value), content in zip(self.sources, kv.contents(self.shape)[number], strict=True):
             data.fill(scratch, content, seed)
-            key[:], value[:] = kv.split(scratch)
+            key[:], value[:] = split(scratch)
 
     def _warm_up(self, name: str) -> None:
         """Once through the path: connections, caches of code, the first pages."""
@@ -248,10 +250,12 @@ def main(names: list[str]) -> None:
     """Until stdin ends."""
     die_with_parent()
     output = _own_output()
+    program: HostProgram | None = None
+    first: Answer = {}
     try:
-        program, first = HostProgram(names), Answer()
+        program = HostProgram(names)
     except Exception as failure:
-        program, first = None, {"failed": f"cannot be loaded: {type(failure).__name__}: {failure}"}
+        first = {"failed": f"cannot be loaded: {type(failure).__name__}: {failure}"}
     print(json.dumps(first), file=output, flush=True)
     if program is not None:
         for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Plots of a run by matplotlib, each as PNG and SVG: write, hot read, cold read, scaling, dedup.
+"""Plots of a run by matplotlib, each as PNG and SVG: write, hot read, cold read, all three, scaling, dedup.
 
 Owns: what is drawn from which rows. Does not measure. matplotlib is imported only here, and only when plots are asked for.
 """
@@ -22,6 +22,8 @@ def _matplotlib() -> Any:
     except ImportError as why:
         raise UserError("plots need matplotlib: make bench-deps") from why
     matplotlib.use("agg")
+    # Text as text, no date, fixed ids: a small SVG that changes only where the figures do.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cascadefs"})
     import matplotlib.pyplot as plt
 
     return plt
@@ -31,11 +33,9 @@ def _colour(row: Row) -> str:
     return OURS if row.system.startswith(FAMILY) else RAW if row.reference else OTHERS
 
 
-def bars(plt: Any, group: Sequence[Row], figure: str, axis_text: str) -> Any:
-    """One bar a system, the best on top; a whisker from the smallest to the largest sample."""
-    shown = sorted((row for row in group if getattr(row, figure)), key=lambda row: float(getattr(row, figure)))
-    drawn, axes = plt.subplots(figsize=(8, 0.32 * len(shown) + 1.2), layout="constrained")
-    values = [getattr(row, figure) for row in shown]
+def _panel(axes: Any, shown: Sequence[Row], figure: str, axis_text: str) -> None:
+    """One bar a system; a whisker from the smallest to the largest sample. A system without the figure has no bar."""
+    values = [getattr(row, figure) or 0.0 for row in shown]
     spans = [row.spread.get(figure, (value, value)) for row, value in zip(shown, values, strict=True)]
     whiskers = [
         [value - low for value, (low, _) in zip(values, spans, strict=True)],
@@ -43,8 +43,29 @@ def bars(plt: Any, group: Sequence[Row], figure: str, axis_text: str) -> Any:
     ]
     axes.barh([row.title for row in shown], values, xerr=whiskers, color=[_colour(row) for row in shown], ecolor="#444444")
     axes.set_xlabel(axis_text)
-    row = group[0]
-    axes.set_title(f"{row.ranks} ranks, blocks of {row.block_bytes / MIB:g} MiB", fontsize=10)
+    axes.margins(y=0.01)
+
+
+def _title(row: Row) -> str:
+    return f"{row.ranks} ranks, blocks of {row.block_bytes / MIB:g} MiB"
+
+
+def bars(plt: Any, group: Sequence[Row], figure: str, axis_text: str) -> Any:
+    """One figure of all systems, the highest on top."""
+    shown = sorted((row for row in group if getattr(row, figure)), key=lambda row: float(getattr(row, figure)))
+    drawn, axes = plt.subplots(figsize=(8, 0.32 * len(shown) + 1.2), layout="constrained")
+    _panel(axes, shown, figure, axis_text)
+    axes.set_title(_title(group[0]), fontsize=10)
+    return drawn
+
+
+def overview(plt: Any, group: Sequence[Row]) -> Any:
+    """Write, hot read and cold read side by side, in the order of hot reads."""
+    shown = sorted(group, key=lambda row: row.read_hot_gbs or 0)
+    drawn, panels = plt.subplots(1, 3, sharey=True, figsize=(11, 0.28 * len(shown) + 1.2), layout="constrained")
+    for axes, (figure, word) in zip(panels, WORDS.items(), strict=True):
+        _panel(axes, shown, figure, f"{word}, GB/s")
+    drawn.suptitle(_title(group[0]), fontsize=10)
     return drawn
 
 
@@ -68,7 +89,7 @@ def curves(plt: Any, table: Sequence[Row], figure: str, along: Callable[[Row], f
 
 def _save(plt: Any, drawn: Any, folder: Path, name: str) -> str:
     for kind in ("png", "svg"):
-        drawn.savefig(folder / f"{name}.{kind}", dpi=110)
+        drawn.savefig(folder / f"{name}.{kind}", dpi=110, metadata={"Date": None} if kind == "svg" else None)
     plt.close(drawn)
     return f"drawn: {folder / name}.png, .svg"
 
@@ -108,6 +129,7 @@ def draw(table: Sequence[Row], folder: Path) -> list[str]:
     for group in shapes:
         row = group[0]
         suffix = f"-{row.ranks}x{row.tokens}-{row.duplicates:g}" if len(shapes) > 1 else ""
+        lines.append(_save(plt, overview(plt, group), folder, "overview" + suffix))
         for figure, text in wanted.items():
             if any(getattr(row, figure) for row in group):
                 name = "dedup" if figure == "stored_ratio" else figure.removesuffix("_gbs").replace("_", "-")

@@ -18,18 +18,21 @@ FAMILY = "cascadefs"  # names of our own rows begin so
 FIGURES = ("write_gbs", "read_hot_gbs", "read_cold_gbs")
 WORDS = {"write_gbs": "write", "read_hot_gbs": "hot read", "read_cold_gbs": "cold read"}
 METHOD = (
-    "Blocks are shaped like the KV cache of LLaMA-70B: 80 layers x 8 KV heads x 128 x float16, keys and values, 320 KiB a token;"
-    " values of a normal distribution; the share `duplicates` of the blocks has a content that about three others have, too.",
-    "Each rank is a process. All begin a phase at one moment; a rate is the bytes of all ranks over the time from the first start"
-    " to the last end. 1 GB/s = 1e9 bytes per second.",
-    "write: put() of every block; `durable` says what then holds it. durable: the same bytes over write and flush together, with"
+    "Blocks are shaped like the KV cache of LLaMA-70B: 80 layers x 8 KV heads x 128 x float16, keys and values, 320 KiB a"
+    " token; values of a normal distribution; the share `duplicates` of the blocks has a content that about three others"
+    " have, too.",
+    "Each rank is a process. All begin a phase at one moment; a rate is the bytes of all ranks over the time from the first"
+    " start to the last end. 1 GB/s = 1e9 bytes per second.",
+    "write: put() of every block; `durable` says what then holds it. write + flush: the same bytes over both together, with"
     " flush making them as durable as the system can. hot read: get() of every block after the flush, into memory that is"
     " there. cold read: the same after the memory tier and the page cache were dropped; '-' where a system has no medium"
-    " below memory. The disk is virtual: its host may cache, for all alike.",
+    " below memory. The disk may be cached by the host of a virtual machine, for all alike.",
     "Every get() is compared with what was put, outside the clock; a system that returns one wrong byte has no figures.",
     "Bringing data into memory that a system insists on (LMCache's memory objects, vLLM's region, one joined buffer) is not"
     " counted: in an engine the device copies there.",
-    "Systems take turns within each repeat, each in fresh folders, with its own server, mount or store. Medians of the repeats.",
+    "Systems take turns within each repeat, each in fresh folders, with its own server, mount or store; the order rotates."
+    " Before each, twice the memory that it takes is touched and freed, so that none pays for faults of a virtual machine's"
+    " host. Figures are medians of the repeats.",
     "raw-* are references, not systems: no names, no index, no eviction, no second process.",
 )
 
@@ -72,7 +75,7 @@ def _median(figures: Sequence[float]) -> float | None:
 def row(result: Result, preset: str) -> Row:
     """Medians and spread of one result."""
     shape, system = result.shape, result.system
-    rates = {
+    rates: dict[str, list[float]] = {
         "write_gbs": _rates(result, lambda sample: sample.write_s),
         "read_hot_gbs": _rates(result, lambda sample: sample.hot_s),
         "read_cold_gbs": _rates(result, lambda sample: sample.cold_s),
@@ -80,9 +83,18 @@ def row(result: Result, preset: str) -> Row:
     }
     stored = [sample.stored_bytes / shape.total_bytes for sample in result.samples if sample.stored_bytes is not None]
     return Row(
-        **{"system": system.name, "title": system.title, "reference": system.reference, "preset": preset},
-        **{"ranks": shape.ranks, "tokens": shape.tokens, "block_bytes": shape.block_bytes, "blocks": shape.blocks},
-        **{name: _median(figures) for name, figures in rates.items()},
+        system=system.name,
+        title=system.title,
+        reference=system.reference,
+        preset=preset,
+        ranks=shape.ranks,
+        tokens=shape.tokens,
+        block_bytes=shape.block_bytes,
+        blocks=shape.blocks,
+        write_gbs=_median(rates["write_gbs"]),
+        read_hot_gbs=_median(rates["read_hot_gbs"]),
+        read_cold_gbs=_median(rates["read_cold_gbs"]),
+        write_flush_gbs=_median(rates["write_flush_gbs"]),
         duplicates=shape.duplicates,
         spread={name: (min(figures), max(figures)) for name, figures in rates.items() if figures},
         stored_ratio=_median(stored),

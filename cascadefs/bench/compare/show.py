@@ -9,20 +9,25 @@ from cascadefs.bench.compare.rows import Row, same_shape, verdict
 from cascadefs.bench.io import size_text
 
 HEADINGS = ("system", "write", "hot read", "cold read", "write + flush", "stored", "durable after put", "cascadefs is")
+RATES = ("write_gbs", "read_hot_gbs", "read_cold_gbs", "write_flush_gbs")
 TEXT_COLUMNS = {0, 6, 7}
 
 
-def _rate(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.2f}"
+def _rate(row: Row, name: str) -> str:
+    """Median, and half of what lies between the smallest and the largest sample."""
+    figure = getattr(row, name)
+    if figure is None:
+        return "-"
+    low, high = row.spread[name]
+    return f"{figure:.2f} ± {(high - low) / 2:.2f}"
 
 
 def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
     """One line."""
     if row.status != "measured":
-        return (row.title, row.status, "", "", "", "", row.durable, "")
+        return (row.title, "", "", "", "", "", row.durable, row.status)
     stored = "-" if row.stored_ratio is None else f"{row.stored_ratio:.2f}"
-    rates = (row.write_gbs, row.read_hot_gbs, row.read_cold_gbs, row.write_flush_gbs)
-    return (row.title, *map(_rate, rates), stored, row.durable, verdict(rows, row))
+    return (row.title, *(_rate(row, name) for name in RATES), stored, row.durable, verdict(rows, row))
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -44,7 +49,8 @@ def caption(group: Sequence[Row]) -> str:
     repeats = max(row.repeats for row in group)
     return (
         f"{row.preset}: {row.ranks} ranks x {row.blocks} blocks of {size_text(row.block_bytes)},"
-        f" {row.duplicates:.0%} of them not unique; GB/s, medians of {repeats}; stored: occupied over put"
+        f" {row.duplicates:.0%} of them not unique; GB/s, medians of {repeats} ± half of their span;"
+        f" stored: bytes occupied over bytes put"
     )
 
 

@@ -20,7 +20,7 @@ class CascadeCpp(StorageAdapter):
     @classmethod
     def missing(cls) -> str | None:
         missing = not_importable("cascade_cpp")
-        return missing and "not installed: no module cascade_cpp (build the ancestor, set PYTHONPATH)"
+        return missing and "not installed: no module cascade_cpp (the ancestor, to be built)"
 
     @classmethod
     @contextmanager
@@ -53,7 +53,7 @@ class CascadeCpp(StorageAdapter):
     def get(self, block_id: str, sink: Pair) -> Pair | None:
         if not self.store.contains(block_id):
             return None
-        whole = np.empty(len(sink[0]) + len(sink[1]), np.uint8)
+        whole: Any = np.empty(len(sink[0]) + len(sink[1]), np.uint8)
         found, size = self.store.get(block_id, whole)
         return split(memoryview(whole)) if found and size == len(whole) else None
 

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cascadefs.bench.compare.adapter import Pair, Room, Safety, Service, Shape, StorageAdapter, folder_service, register
+from cascadefs.bench.compare.adapter import (
+    Pair,
+    Room,
+    Safety,
+    Service,
+    Shape,
+    StorageAdapter,
+    folder_service,
+    register,
+    sync_files,
+)
 from cascadefs.bench.targets import LeftOut
 
 NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -77,14 +87,6 @@ class FilePerBlock(StorageAdapter):
     def contains(self, block_id: str) -> bool:
         return os.path.exists(self.path(block_id))
 
-    def flush(self) -> None:
-        for block_id in () if self.sync else self.mine:
-            fd = os.open(self.path(block_id), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
     def clear(self) -> None:
         for block_id in self.mine:
             os.unlink(self.path(block_id))
@@ -99,9 +101,6 @@ class TmpfsFile(FilePerBlock):
     @contextmanager
     def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
         yield folder_service(room.memory / cls.name, has_medium=False)
-
-    def flush(self) -> None:
-        """There is nothing below."""
 
 
 @register
@@ -119,6 +118,9 @@ class HugeTmpfsFile(TmpfsFile):
 @register
 class DiskFile(FilePerBlock):
     name, title, durable, safety = "raw-disk", "raw disk file", "page cache", Safety.KERNEL
+
+    def flush(self) -> None:
+        sync_files(Path(self.path(block_id)) for block_id in self.mine)
 
 
 @register

@@ -1,12 +1,22 @@
 """HDF5 by h5py: one file for each rank (HDF5 has one writer a file), one group for each block; plain and gzip."""
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from cascadefs.bench.compare.adapter import HEAD_SIZE, HEADS, LAYERS, Pair, Safety, Shape, StorageAdapter, not_importable, register
+from cascadefs.bench.compare.adapter import (
+    HEAD_SIZE,
+    HEADS,
+    LAYERS,
+    Pair,
+    Safety,
+    Shape,
+    StorageAdapter,
+    not_importable,
+    register,
+    sync_files,
+)
 
 
 @register
@@ -58,11 +68,7 @@ class Hdf5(StorageAdapter):
 
     def flush(self) -> None:
         self.file.flush()
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_files([self.path])
 
     def cool(self) -> None:
         self.file.close()

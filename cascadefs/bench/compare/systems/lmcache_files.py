@@ -26,6 +26,7 @@ from cascadefs.bench.compare.adapter import (
     not_importable,
     register,
     split,
+    sync_files,
 )
 
 MODEL, WAIT_S, GIB = "meta-llama/Llama-3.1-70B-Instruct", 120, 1 << 30
@@ -134,13 +135,7 @@ class LmCache(StorageAdapter):
         self.lent.clear()
 
     def flush(self) -> None:
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+        sync_files(path for path in self.folder.rglob("*") if path.is_file())
 
     def disconnect(self) -> None:
         """Close the backend."""

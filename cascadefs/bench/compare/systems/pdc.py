@@ -1,7 +1,7 @@
 """PDC: a real pdc_server on loopback, driven through libpdc.so; $PDC_DIR names the installation, else the PATH leads there.
 
-Owns: starting and ending the server, the few calls of its C interface that whole objects need. PDC is built with MPICH; each rank
-is an MPI singleton. An object is one buffer: stage() joins keys and values.
+Owns: starting and ending the server, the few calls of its C interface that whole objects need. PDC is built with MPICH;
+each rank is an MPI singleton. An object is one buffer: stage() joins keys and values.
 """
 
 import ctypes
@@ -109,7 +109,8 @@ class Pdc(StorageAdapter):
             function = getattr(self.calls, name)
             function.restype, function.argtypes = result, arguments
         self.pdc = self.calls.PDCinit(b"pdc")
-        self.container = self.calls.PDCcont_create(f"rank-{rank}".encode(), self.calls.PDCprop_create(CONTAINER_CREATE, self.pdc))
+        properties = self.calls.PDCprop_create(CONTAINER_CREATE, self.pdc)
+        self.container = self.calls.PDCcont_create(f"rank-{rank}".encode(), properties)
         if not self.pdc or not self.container:
             raise OSError("PDC cannot be initialised")
         self.staged: dict[str, Any] = {}

@@ -1,6 +1,5 @@
 """torch.save and torch.load: what swapping KV blocks to files comes to when one writes it down in PyTorch."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from cascadefs.bench.compare.adapter import (
     folder_service,
     not_importable,
     register,
+    sync_files,
 )
 
 
@@ -75,12 +75,7 @@ class TorchSave(StorageAdapter):
         return self.path(block_id).exists()
 
     def flush(self) -> None:
-        for path in self.mine:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        sync_files(self.mine)
 
     def clear(self) -> None:
         for path in self.mine:

@@ -22,6 +22,7 @@ from cascadefs.bench.compare.adapter import (
     not_importable,
     register,
     split,
+    sync_files,
 )
 
 
@@ -90,12 +91,7 @@ class VllmFiles(StorageAdapter):
         return self.path(block_id).exists()
 
     def flush(self) -> None:
-        for path in self.mine:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        sync_files(self.mine)
 
     def clear(self) -> None:
         for path in self.mine:
