@@ -1,13 +1,14 @@
 """What every StorageAdapter must do; a program, because a system may leave threads, MPI or a changed working folder behind.
 
-`python contract.py NAME FOLDER` serves the system in FOLDER and holds it to adapter.py's promises; exit code 0: it keeps them.
+`python contract.py NAME FOLDER [FILE]` serves the system in FOLDER and holds it to adapter.py's promises; exit code 0: kept.
+FILE is run before: it may register the system.
 """
 
 import sys
 from pathlib import Path
 
 from cascadefs.bench.compare import kv
-from cascadefs.bench.compare.adapter import Room, Shape, all_systems, occupied_bytes
+from cascadefs.bench.compare.adapter import Room, Shape, all_systems, occupied_bytes, split
 from cascadefs.bench.compare.host import block_name
 from cascadefs.bench.targets import find_cli
 
@@ -26,11 +27,9 @@ def make_room(base: Path) -> Room:
 def blocks_of(seed):
     """name -> (keys, values), each in buffers of its own."""
     data, found = kv.KvData(), {}
-    for number, pair in enumerate(kv.blocks(SHAPE, SHAPE.blocks)):
-        scratch = kv.buffer(SHAPE.block_bytes)
-        data.fill(scratch, number, seed)
-        pair[0][:], pair[1][:] = scratch[: SHAPE.half_bytes], scratch[SHAPE.half_bytes :]
-        found[block_name(RANK, number)] = pair
+    for number, whole in enumerate(kv.wholes(SHAPE, SHAPE.blocks)):
+        data.fill(whole, number, seed)
+        found[block_name(RANK, number)] = split(whole)
     return found
 
 
@@ -91,4 +90,6 @@ def main(name: str, base: Path) -> None:
 
 
 if __name__ == "__main__":
+    for file in sys.argv[3:]:
+        exec(compile(Path(file).read_text(), file, "exec"))
     main(sys.argv[1], Path(sys.argv[2]))

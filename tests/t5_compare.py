@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import textwrap
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import need_root_and_fuse
 
+import cascadefs.bench.compare
 from cascadefs.bench.compare import host, kv, presets, rows, runner, show
 from cascadefs.bench.compare.adapter import Safety, Service, Shape, all_systems, drop_page_cache
 from cascadefs.bench.compare.systems.memcpy import Memcpy
@@ -23,19 +25,28 @@ CONTRACT_S = 120
 SMALL = Shape(ranks=2, tokens=1, blocks=4, duplicates=0.5)
 
 
+def keeps_the_contract(*words):
+    command = [sys.executable, Path(__file__).with_name("contract.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CONTRACT_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", list(all_systems()))
 def test_contract(name, tmp_path):
     if reason := all_systems()[name].missing():
         pytest.skip(reason)
     if name.startswith("cascadefs"):
         need_root_and_fuse()
-    program = Path(__file__).with_name("contract.py")
-    done = subprocess.run(
-        [sys.executable, program, name, tmp_path], capture_output=True, text=True, timeout=CONTRACT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    keeps_the_contract(name, tmp_path)
     for folder in (tmp_path / "disk").glob("cascadefs*/*"):
         assert not folder.is_mount()
+
+
+def test_the_system_in_the_documentation_keeps_the_contract_too(tmp_path):
+    code = [line for line in cascadefs.bench.compare.__doc__.splitlines() if line.startswith("    ")]
+    assert sum(not line.lstrip().startswith(("from", "@")) for line in code) <= 10
+    (tmp_path / "example.py").write_text(textwrap.dedent("\n".join(code)))
+    keeps_the_contract("folder", tmp_path, tmp_path / "example.py")
 
 
 def test_contents_are_told_by_number_and_seed_and_look_like_float16():

@@ -58,17 +58,16 @@ class Rank:
         self, system: type[StorageAdapter], data: kv.KvData, address: str, number: int, shape: Shape, seed: int
     ) -> None:
         self.shape, self.names = shape, [block_name(number, block) for block in range(shape.blocks)]
-        self.sources, self.sinks = kv.blocks(shape, shape.blocks), kv.blocks(shape, shape.blocks)
-        self._make(data, number, seed)
+        self.sources, self.sinks = self._made(data, number, seed), kv.blocks(shape, shape.blocks)
         self.adapter = system()
         self.adapter.initialize(address, number, shape)
         self._warm_up(WARM_UP[:-4] + f"{number:04x}")
 
-    def _make(self, data: kv.KvData, number: int, seed: int) -> None:
-        scratch = kv.buffer(self.shape.block_bytes)
-        for (key, value), content in zip(self.sources, kv.contents(self.shape)[number], strict=True):
-            data.fill(scratch, content, seed)
-            key[:], value[:] = split(scratch)
+    def _made(self, data: kv.KvData, number: int, seed: int) -> list[Pair]:
+        found = kv.wholes(self.shape, self.shape.blocks)
+        for whole, content in zip(found, kv.contents(self.shape)[number], strict=True):
+            data.fill(whole, content, seed)
+        return [split(whole) for whole in found]
 
     def _warm_up(self, name: str) -> None:
         """Once through the path: connections, caches of code, the first pages."""
@@ -85,7 +84,7 @@ class Rank:
                 self.adapter.stage(name, *source)
         if verb == "read":
             for view in (half for sink in self.sinks for half in sink):
-                view[:] = bytes(len(view))
+                kv.zero(view)
 
     def phase(self, verb: str, start: int) -> Span:
         """Wait for the moment, work, check."""

@@ -56,19 +56,28 @@ def unique_bytes(shape: Shape) -> int:
 
 
 def buffer(size_bytes: int) -> memoryview:
-    """Page-aligned memory that is there: every page was touched."""
-    view = memoryview(mmap.mmap(-1, size_bytes))
-    zeros = bytes(MIB)
-    for offset in range(0, size_bytes, MIB):
-        length = min(MIB, size_bytes - offset)
-        view[offset : offset + length] = zeros[:length]
+    """Page-aligned memory that is there: every page was touched. Huge pages where the kernel gives them, as an engine's."""
+    memory = mmap.mmap(-1, size_bytes)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)
+    zero(view)
     return view
 
 
+def zero(view: memoryview) -> None:
+    """Nothing of an earlier read stays."""
+    np.frombuffer(view, np.uint8).fill(0)
+
+
+def wholes(shape: Shape, count: int) -> list[memoryview]:
+    """Buffers for `count` blocks."""
+    memory, size = buffer(count * shape.block_bytes), shape.block_bytes
+    return [memory[number * size : (number + 1) * size] for number in range(count)]
+
+
 def blocks(shape: Shape, count: int) -> list[Pair]:
-    """Buffers for `count` blocks, keys and values of each behind each other."""
-    whole, size = buffer(count * shape.block_bytes), shape.block_bytes
-    return [split(whole[number * size : (number + 1) * size]) for number in range(count)]
+    """The same as keys and values, those of a block behind each other."""
+    return [split(whole) for whole in wholes(shape, count)]
 
 
 def same(left: Pair, right: Pair) -> bool:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cascadefs.bench.io import Ballast, make_kit, rotation
 from cascadefs.bench.targets import SHM_FOLDER, LeftOut, Note, Setup, huge_tmpfs, temporary_folder
 
 ANSWER_S = 300  # a phase that takes longer hangs
+TOUCHED = 1.25  # of the data; see Ballast
 Systems = Mapping[str, type[StorageAdapter]]
 
 
@@ -122,8 +124,11 @@ def _cold(host: Host, service: Service, shape: Shape) -> float | None:
     return _phase(host, "read", shape)
 
 
-def _sample(host: Host, system: type[StorageAdapter], service: Service, shape: Shape, seed: int) -> Sample:
+def _sample(
+    host: Host, system: type[StorageAdapter], service: Service, shape: Shape, seed: int, touch: Callable[[], None]
+) -> Sample:
     host.call("start", system=system.name, address=service.address, shape=asdict(shape), seed=seed)
+    touch()  # after the ranks have taken their buffers: the pages that are freed last are used first
     write_s = _phase(host, "write", shape)
     flush_s = 0.0 if system.flush is StorageAdapter.flush else _phase(host, "flush", shape)
     stored = service.stored_bytes()
@@ -162,11 +167,12 @@ class Runner:
             yield Room(disk, memory, huge, self.setup.cli, self.note)
 
     def _measure(self, result: Result, seed: int) -> None:
-        Ballast(self.huge or self.memory, 2 * result.shape.total_bytes).touch(self._filler)
         host = self._host(result.system)
+        ballast = Ballast(self.huge or self.memory, int(TOUCHED * result.shape.total_bytes))
         with self._room() as room, result.system.serve(room, result.shape) as service:
             try:
-                result.samples.append(_sample(host, result.system, service, result.shape, seed))
+                touch = partial(ballast.touch, self._filler)
+                result.samples.append(_sample(host, result.system, service, result.shape, seed, touch))
             finally:
                 host.call("stop")
 

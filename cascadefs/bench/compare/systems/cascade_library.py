@@ -74,7 +74,7 @@ class CascadeLibrary(StorageAdapter):
     """put() wants one buffer: stage() joins keys and values."""
 
     name, title = "cascadefs-library", "cascadefs, library"
-    durable, safety = "tmpfs, disk behind", Safety.KERNEL
+    durable, safety = "tmpfs, soon disk", Safety.KERNEL
 
     @classmethod
     @contextmanager

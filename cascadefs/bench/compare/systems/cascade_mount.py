@@ -29,7 +29,7 @@ class CascadeMount(FilePerBlock):
     """A file for each block; flush() makes durable what all ranks closed."""
 
     name, title, reference = "cascadefs", "cascadefs, mount", False
-    durable, safety = "tmpfs, disk behind", Safety.KERNEL
+    durable, safety = "tmpfs, soon disk", Safety.KERNEL
 
     @classmethod
     def missing(cls) -> str | None:
