@@ -54,8 +54,12 @@ def _compare(
     return [rows.row(result, preset) for result in results], report.machine(setup.shm_bytes, setup.store_base), notes
 
 
+def _preset_help() -> str:
+    return "; ".join(f"{name}: {preset.help}" for name, preset in presets.PRESETS.items())
+
+
 @click.command("compare")
-@click.option("--preset", type=click.Choice(list(presets.PRESETS)), default="quick", show_default=True)
+@click.option("--preset", type=click.Choice(list(presets.PRESETS)), default="quick", show_default=True, help=_preset_help())
 @click.option("--systems", multiple=True, metavar="WORD", help="Only systems with WORD in their name; may be given again.")
 @click.option("--tokens", type=click.IntRange(1, 4096), help="Tokens of a block, 320 KiB each, instead of the preset's.")
 @click.option("--ranks", type=click.IntRange(1, 256), help="Processes, instead of the preset's.")

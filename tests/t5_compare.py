@@ -1,17 +1,20 @@
 """bench compare: every system keeps the contract, wrong data is never a figure, and the arithmetic of rows is right."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import need_root_and_fuse
+from conftest import CASCADEFS, need_root_and_fuse
 
 import cascadefs.bench.compare
 from cascadefs.bench.compare import host, kv, presets, rows, runner, show
@@ -78,12 +81,12 @@ def test_cooling_empties_the_page_cache(tmp_path):
     with open(path, "rb") as file:
         sink = bytearray(1 << 20)
         try:
-            assert host.os.preadv(file.fileno(), [sink], 0, host.os.RWF_NOWAIT) == len(sink)
+            assert os.preadv(file.fileno(), [sink], 0, os.RWF_NOWAIT) == len(sink)
         except OSError as why:
             pytest.skip(f"this filesystem has no RWF_NOWAIT: {why}")
         drop_page_cache(tmp_path)
         with pytest.raises(BlockingIOError):
-            host.os.preadv(file.fileno(), [sink], 0, host.os.RWF_NOWAIT)
+            os.preadv(file.fileno(), [sink], 0, os.RWF_NOWAIT)
 
 
 # --- runs of ranks
@@ -148,6 +151,30 @@ def test_a_system_that_fails_is_left_out_and_the_others_go_on(started, monkeypat
     results = {result.system.name: result for result in started.run(replace(SMALL, blocks=1), 1, lambda title: None)}
     assert results["raw-disk"].trouble.startswith("failed") and not results["raw-disk"].samples
     assert results["raw-tmpfs"].samples and results["raw-memcpy"].samples
+
+
+def processes_with(variable):
+    """Those that inherited an environment variable; one that ends while we look has none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if variable.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+def test_a_run_that_is_ended_leaves_no_process_and_no_folder(tmp_path):
+    marker = f"COMPARE_RUN={tmp_path}"
+    words = ["bench", "compare", "--systems", "raw", "--repeats", "100", "--store", str(tmp_path)]
+    environ = os.environ | dict([marker.split("=")])
+    with subprocess.Popen([*CASCADEFS, *words], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and len(processes_with(marker)) < 3:  # itself, a host, a rank
+            time.sleep(0.02)
+        run.terminate()
+        assert run.wait(CONTRACT_S) == 128 + signal.SIGTERM
+    while left := processes_with(marker):  # SIGKILL by the death of the parent is not instant; pytest's timeout bounds this
+        time.sleep(0.02)
+    assert not left and not list(tmp_path.iterdir())
 
 
 # --- rows

@@ -32,9 +32,11 @@ WARM_UP = "ffff" + "0" * 12
 Answer = dict[str, Any]
 
 
-def die_with_parent() -> None:
-    """SIGKILL for this process when the thread that made it ends."""
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for this process when the thread that made it ends; at once if that was before we asked for it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def block_name(rank: int, number: int) -> str:
@@ -125,9 +127,9 @@ class Rank:
         return good
 
 
-def _serve_rank(pipe: Connection, make: Callable[[], Rank]) -> None:
+def _serve_rank(parent: int, pipe: Connection, make: Callable[[], Rank]) -> None:
     """Ready, phase, ready, phase: what the pipe says, until it says end. A failure is answered, then it is over."""
-    die_with_parent()
+    die_with_parent(parent)
     try:
         rank = make()
         pipe.send(None)
@@ -161,7 +163,7 @@ class Team:
             for number in range(shape.ranks):
                 here, there = context.Pipe()
                 arguments = (system, data, command["address"], number, shape, command["seed"])
-                process = context.Process(target=_serve_rank, args=(there, lambda given=arguments: Rank(*given)))
+                process = context.Process(target=_serve_rank, args=(os.getpid(), there, lambda given=arguments: Rank(*given)))
                 process.start()
                 there.close()
                 self.members.append((process, here))
@@ -247,7 +249,7 @@ def _own_output() -> TextIO:
 
 def main(names: list[str]) -> None:
     """Until stdin ends."""
-    die_with_parent()
+    die_with_parent(os.getppid())  # should it have gone before: stdin has ended, too
     output = _own_output()
     program: HostProgram | None = None
     first: Answer = {}

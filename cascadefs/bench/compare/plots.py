@@ -55,6 +55,9 @@ def bars(plt: Any, group: Sequence[Row], figure: str, axis_text: str) -> Any:
     shown = sorted((row for row in group if getattr(row, figure)), key=lambda row: float(getattr(row, figure)))
     drawn, axes = plt.subplots(figsize=(8, 0.32 * len(shown) + 1.2), layout="constrained")
     _panel(axes, shown, figure, axis_text)
+    if figure == "stored_ratio":
+        axes.axvline(group[0].unique_ratio, color="#444444", linestyle="--", label="each content once")
+        axes.legend(loc="lower right", fontsize=8)
     axes.set_title(_title(group[0]), fontsize=10)
     return drawn
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cascadefs.bench.compare.adapter import StorageAdapter
+from cascadefs.bench.compare.kv import unique_bytes
 from cascadefs.bench.compare.runner import Result, Sample
 
 GB = 1e9
@@ -39,7 +40,8 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one shape. `status` is "measured" or the reason why the figures are missing."""
+    """One system in one shape. `status` is "measured" or the reason why the figures are missing. `stored_ratio`: bytes
+    occupied after the flush over bytes put; `unique_ratio`: what perfect deduplication would make of it."""
 
     system: str
     title: str
@@ -56,6 +58,7 @@ class Row:
     write_flush_gbs: float | None
     spread: Mapping[str, tuple[float, float]]
     stored_ratio: float | None
+    unique_ratio: float
     durable: str
     safety: int
     verified: bool
@@ -98,6 +101,7 @@ def row(result: Result, preset: str) -> Row:
         duplicates=shape.duplicates,
         spread={name: (min(figures), max(figures)) for name, figures in rates.items() if figures},
         stored_ratio=_median(stored),
+        unique_ratio=unique_bytes(shape) / shape.total_bytes,
         durable=system.durable,
         safety=int(system.safety),
         verified=bool(result.samples),

@@ -15,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cascadefs.bench.compare.adapter import Room, Service, Shape, StorageAdapter
 from cascadefs.bench.io import Ballast, make_kit, rotation
-from cascadefs.bench.targets import SHM_FOLDER, LeftOut, Note, Setup, huge_tmpfs, temporary_folder
+from cascadefs.bench.targets import SHM_FOLDER, LeftOut, Note, Setup, available_bytes, huge_tmpfs, temporary_folder
 
 ANSWER_S = 300  # a phase that takes longer hangs
 TOUCHED = 1.25  # of the data; see Ballast
@@ -40,13 +40,13 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            start_new_session=True,  # Ctrl-C is for us: we end it, and it its ranks
         )
         self._was_ready = False
 
     def _hear(self, timeout_s: float) -> dict[str, Any]:
         assert self._program.stdout is not None
         if not select.select([self._program.stdout], [], [], timeout_s)[0]:
-            self.close()
             raise LeftOut(f"no answer in {timeout_s:.0f} s")
         line = self._program.stdout.readline()
         if not line:
@@ -167,21 +167,21 @@ class Runner:
             yield Room(disk, memory, huge, self.setup.cli, self.note)
 
     def _measure(self, result: Result, seed: int) -> None:
-        host = self._host(result.system)
-        ballast = Ballast(self.huge or self.memory, int(TOUCHED * result.shape.total_bytes))
-        with self._room() as room, result.system.serve(room, result.shape) as service:
+        host, shape = self._host(result.system), result.shape
+        touch = partial(Ballast(self.huge or self.memory, int(TOUCHED * shape.total_bytes)).touch, self._filler)
+        with self._room() as room, result.system.serve(room, shape) as service:
             try:
-                touch = partial(ballast.touch, self._filler)
-                result.samples.append(_sample(host, result.system, service, result.shape, seed, touch))
-            finally:
+                result.samples.append(_sample(host, result.system, service, shape, seed, touch))
                 host.call("stop")
+            except BaseException:  # also Ctrl-C: nobody may use the service while it is taken down
+                self._hosts.pop(result.system.__module__).close()
+                raise
 
     def _try(self, result: Result, seed: int) -> None:
         try:
             self._measure(result, seed)
         except (LeftOut, OSError) as why:
             result.fail(f"failed: {why}")
-            self._hosts.pop(result.system.__module__).close()  # a fresh program for the next shape
 
     def run(self, shape: Shape, repeats: int, on_step: Callable[[str], None]) -> list[Result]:
         """All systems in one shape."""
@@ -201,7 +201,7 @@ def open_runner(systems: Systems, setup: Setup, note: Note) -> Iterator[Runner]:
         memory = stack.enter_context(temporary_folder(SHM_FOLDER, note))
         huge: Path | None = None
         try:
-            huge = stack.enter_context(huge_tmpfs(setup, note))
+            huge = stack.enter_context(huge_tmpfs(replace(setup, huge_bytes=available_bytes() // 2), note))
         except LeftOut as why:
             note(f"no tmpfs with huge pages: {why}")
         runner = Runner(systems, setup, memory, huge, note)

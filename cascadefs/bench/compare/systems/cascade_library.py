@@ -3,6 +3,7 @@
 Owns: the trio thread in which a store lives, and the way into it. Equal contents are found within a rank only.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ from cascadefs.bench.compare.adapter import (
     split,
 )
 from cascadefs.bench.compare.systems.cascade_mount import SPARE_BYTES
+from cascadefs.bench.targets import unmount
 from cascadefs.config import Settings
 from cascadefs.namespace import ROOT
 from cascadefs.store import Store
@@ -79,15 +81,24 @@ class CascadeLibrary(StorageAdapter):
     @classmethod
     @contextmanager
     def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
-        folder = room.disk / cls.name
+        folder, memory = room.disk / cls.name, room.memory / cls.name
         folder.mkdir()
-        yield Service(
-            str(folder), lambda: None, lambda: sum(occupied_bytes(store / "extents") for store in folder.iterdir())
-        )
+        memory.mkdir()
+        try:
+            yield Service(
+                os.pathsep.join((str(folder), str(memory))),
+                lambda: None,
+                lambda: sum(occupied_bytes(store / "extents") for store in folder.iterdir()),
+            )
+        finally:
+            for tier in memory.iterdir():  # of a rank that was killed
+                if tier.is_mount():
+                    unmount(tier, ["umount", str(tier)], room.note)
 
     def initialize(self, address: str, rank: int, shape: Shape) -> None:
+        folder, memory = map(Path, address.split(os.pathsep))
         shm_size = 2 * shape.rank_bytes + SPARE_BYTES
-        self.settings = Settings(store=Path(address) / f"rank-{rank}", shm_size=shm_size)
+        self.settings = Settings(store=folder / f"rank-{rank}", shm_dir=memory, shm_size=shm_size)
         self.thread = StoreThread(self.settings)
         self.staged: dict[str, bytes] = {}
         self.mine: list[str] = []
