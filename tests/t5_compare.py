@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import CASCADEFS, need_root_and_fuse
 
 import cascadefs.bench.compare
-from cascadefs.bench.compare import host, kv, presets, rows, runner, show
+from cascadefs.bench.compare import host, kv, plots, presets, rows, runner, show
 from cascadefs.bench.compare.adapter import Safety, Service, Shape, all_systems, drop_page_cache
 from cascadefs.bench.compare.systems.memcpy import Memcpy
 from cascadefs.bench.targets import default_setup
@@ -221,6 +221,20 @@ def test_missing_systems_are_lines_of_the_table():
     lines = show.markdown(table).splitlines()
     assert any("not installed: make bench-deps" in line for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_plots_of_one_shape_and_of_several(tmp_path):
+    pytest.importorskip("matplotlib", reason="not installed: no module matplotlib (make bench-deps)")
+    table = [made_row("cascadefs", cold_s=2.0), made_row("other", hot_s=2.0)]
+    plots.draw(table, tmp_path / "one")
+    names = ["dedup", "overview", "read-cold", "read-hot", "write"]
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {f"{n}.{k}" for n in names for k in ("png", "svg")}
+    more = [replace(row, ranks=4) for row in table] + [replace(row, duplicates=0.9) for row in table]
+    plots.draw(table + more, tmp_path / "several")
+    drawn = {path.stem for path in (tmp_path / "several").iterdir()}
+    assert drawn >= {"ranks-write", "ranks-read-hot", "duplicates-dedup"} and "blocks-write" not in drawn
+    assert sum(name.startswith("overview") for name in drawn) == 3
+    assert plots.draw([], tmp_path / "none") == ["nothing to draw: no system was measured"]
 
 
 def test_too_little_memory_means_fewer_blocks_or_a_reason():

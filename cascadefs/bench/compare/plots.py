@@ -4,6 +4,7 @@ Owns: what is drawn from which rows. Does not measure. matplotlib is imported on
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,25 @@ from cascadefs.errors import UserError
 
 OURS, OTHERS, RAW = "#d1495b", "#30638e", "#b0b0b0"
 LINES_MAX = 10  # more curves cannot be told apart
+TEXTS = {name: f"{word}, GB/s" for name, word in WORDS.items()} | {"stored_ratio": "bytes occupied over bytes put"}
+NAMES = {"write_gbs": "write", "read_hot_gbs": "read-hot", "read_cold_gbs": "read-cold", "stored_ratio": "dedup"}
+
+
+@dataclass(frozen=True)
+class Along:
+    """What a curve runs along, and which figures are drawn so."""
+
+    name: str
+    text: str
+    of: Callable[[Row], float]
+    figures: tuple[str, ...] = tuple(WORDS)
+
+
+ALONGS = (
+    Along("ranks", "ranks", lambda row: row.ranks),
+    Along("blocks", "MiB a block", lambda row: row.block_bytes / MIB),
+    Along("duplicates", "share of blocks that are not unique", lambda row: row.duplicates, ("stored_ratio",)),
+)
 
 
 def _matplotlib() -> Any:
@@ -72,20 +92,24 @@ def overview(plt: Any, group: Sequence[Row]) -> Any:
     return drawn
 
 
-def curves(plt: Any, table: Sequence[Row], figure: str, along: Callable[[Row], float], axis_text: str) -> Any:
-    """One line a system: those of our own, then the fastest others."""
+def curves(plt: Any, table: Sequence[Row], figure: str, along: Along) -> Any:
+    """One line a system: those of our own, then those with the highest figures."""
     names = dict.fromkeys(row.system for row in sorted(table, key=lambda row: -(getattr(row, figure) or 0)))
     chosen = sorted(names, key=lambda name: not name.startswith(FAMILY))[:LINES_MAX]
     drawn, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in chosen:
-        points = sorted((along(row), getattr(row, figure)) for row in table if row.system == name and getattr(row, figure))
+        points = sorted((along.of(row), getattr(row, figure)) for row in table if row.system == name and getattr(row, figure))
         if points:
             title = next(row.title for row in table if row.system == name)
             width = 2.5 if name.startswith(FAMILY) else 1.2
             axes.plot(*zip(*points, strict=True), marker="o", label=title, linewidth=width)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(axis_text)
-    axes.set_ylabel(f"{WORDS.get(figure, figure)}, GB/s")
+    if along.name == "duplicates":
+        points = sorted({(row.duplicates, row.unique_ratio) for row in table})
+        axes.plot(*zip(*points, strict=True), color="#444444", linestyle="--", label="each content once")
+    else:
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(along.text)
+    axes.set_ylabel(TEXTS[figure])
     axes.legend(fontsize=8)
     return drawn
 
@@ -97,44 +121,42 @@ def _save(plt: Any, drawn: Any, folder: Path, name: str) -> str:
     return f"drawn: {folder / name}.png, .svg"
 
 
-def _most_common(table: Sequence[Row], fixed: Callable[[Row], object], varying: Callable[[Row], object]) -> list[Row]:
-    """The rows that agree in `fixed` and have the most values of `varying`."""
+def _varied(table: Sequence[Row], along: Along) -> list[Row]:
+    """Rows that differ in this one respect only; of several such sets the one with the most values."""
     kinds: dict[object, list[Row]] = {}
     for row in table:
-        kinds.setdefault(fixed(row), []).append(row)
-    return max(kinds.values(), key=lambda rows: len({varying(row) for row in rows}))
+        fixed = tuple(other.of(row) for other in ALONGS if other is not along)
+        kinds.setdefault(fixed, []).append(row)
+    return max(kinds.values(), key=lambda rows: len({along.of(row) for row in rows}))
 
 
-def _scaling(plt: Any, table: Sequence[Row], folder: Path) -> list[str]:
-    by_ranks = _most_common(table, lambda row: (row.tokens, row.duplicates), lambda row: row.ranks)
-    by_block = _most_common(table, lambda row: (row.ranks, row.duplicates), lambda row: row.tokens)
+def _all_curves(plt: Any, table: Sequence[Row], folder: Path) -> list[str]:
     lines = []
-    for figure in ("write_gbs", "read_hot_gbs"):
-        short = figure.removesuffix("_gbs")
-        if len({row.ranks for row in by_ranks}) > 1:
-            drawn = curves(plt, by_ranks, figure, lambda row: row.ranks, "ranks")
-            lines.append(_save(plt, drawn, folder, f"ranks-{short}"))
-        if len({row.tokens for row in by_block}) > 1:
-            drawn = curves(plt, by_block, figure, lambda row: row.block_bytes / MIB, "MiB a block")
-            lines.append(_save(plt, drawn, folder, f"blocks-{short}"))
+    for along in ALONGS:
+        rows = _varied(table, along)
+        for figure in along.figures if len({along.of(row) for row in rows}) > 1 else ():
+            lines.append(_save(plt, curves(plt, rows, figure, along), folder, f"{along.name}-{NAMES[figure]}"))
     return lines
 
 
+def _all_bars(plt: Any, group: Sequence[Row], folder: Path) -> list[str]:
+    shown = [figure for figure in TEXTS if any(getattr(row, figure) for row in group)]
+    return [_save(plt, bars(plt, group, figure, TEXTS[figure]), folder, NAMES[figure]) for figure in shown]
+
+
 def draw(table: Sequence[Row], folder: Path) -> list[str]:
-    """All plots that the rows allow; one line for each."""
+    """Of one shape each figure by itself; of several an overview of each and the curves. One line for each plot."""
     plt = _matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
-    measured, lines = [row for row in table if row.status == "measured"], []
+    measured = [row for row in table if row.status == "measured"]
     if not measured:
         return ["nothing to draw: no system was measured"]
     shapes = groups(measured)
-    wanted = {**{name: f"{word}, GB/s" for name, word in WORDS.items()}, "stored_ratio": "bytes occupied over bytes put"}
+    if len(shapes) == 1:
+        return [_save(plt, overview(plt, shapes[0]), folder, "overview"), *_all_bars(plt, shapes[0], folder)]
+    lines = []
     for group in shapes:
         row = group[0]
-        suffix = f"-{row.ranks}x{row.tokens}-{row.duplicates:g}" if len(shapes) > 1 else ""
-        lines.append(_save(plt, overview(plt, group), folder, "overview" + suffix))
-        for figure, text in wanted.items():
-            if any(getattr(row, figure) for row in group):
-                name = "dedup" if figure == "stored_ratio" else figure.removesuffix("_gbs").replace("_", "-")
-                lines.append(_save(plt, bars(plt, group, figure, text), folder, name + suffix))
-    return lines + _scaling(plt, measured, folder)
+        name = f"overview-{row.ranks}-ranks-{row.tokens}-tokens-{row.duplicates:.0%}".removesuffix("%")
+        lines.append(_save(plt, overview(plt, group), folder, name))
+    return lines + _all_curves(plt, measured, folder)
