@@ -254,6 +254,7 @@ def test_the_document_has_the_promised_keys(tmp_path):
     assert set(document) >= {"machine", "method", "rows"}
     keys = {"system", "preset", "ranks", "block_bytes", "write_gbs", "read_hot_gbs", "read_cold_gbs", "durable", "verified"}
     assert all(keys | {"repeats"} <= set(row) for row in document["rows"])
+    assert document["machine"]["packages"]["cascadefs"] and document["machine"]["cpu"]
     assert document["rows"][0]["verified"] is True and document["rows"][0]["write_gbs"] > 0
 
 

@@ -96,7 +96,7 @@ def curves(plt: Any, table: Sequence[Row], figure: str, along: Along) -> Any:
     """One line a system: those of our own, then those with the highest figures."""
     names = dict.fromkeys(row.system for row in sorted(table, key=lambda row: -(getattr(row, figure) or 0)))
     chosen = sorted(names, key=lambda name: not name.startswith(FAMILY))[:LINES_MAX]
-    drawn, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    drawn, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for name in chosen:
         points = sorted((along.of(row), getattr(row, figure)) for row in table if row.system == name and getattr(row, figure))
         if points:
@@ -108,9 +108,10 @@ def curves(plt: Any, table: Sequence[Row], figure: str, along: Along) -> Any:
         axes.plot(*zip(*points, strict=True), color="#444444", linestyle="--", label="each content once")
     else:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(along.text)
     axes.set_ylabel(TEXTS[figure])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return drawn
 
 

