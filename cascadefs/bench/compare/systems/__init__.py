@@ -1,0 +1,1 @@
+"""One file for each system that is compared; ../adapter.py says what it must offer."""
