@@ -22,7 +22,7 @@ from rich.table import Table
 from cascadefs.config import Configuration, Settings, load
 from cascadefs.database import check_store_folder
 from cascadefs.errors import ConfigError, UserError
-from cascadefs.mount import device
+from cascadefs.mount import device, lines_cli
 from cascadefs.mount.bench_cli import bench
 from cascadefs.mount.check_cli import fsck, rebuild_index, verify
 
@@ -337,6 +337,8 @@ def mount_helper() -> None:
 
 for command in (bench, fsck, verify, rebuild_index):
     main.add_command(command)
+for measure in lines_cli.COMMANDS:
+    bench.add_command(measure)
 
 if __name__ == "__main__":
     main()

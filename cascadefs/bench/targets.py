@@ -8,25 +8,33 @@ Owns: temporary folders, tmpfs and FUSE mounts, and the programs behind them. Do
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from cascadefs.bench.io import GIB, MIB, Place
 from cascadefs.errors import UserError
 
 SHM, HUGE, CASCADE, PORTABLE, EXAMPLE = "shm", "huge", "cascadefs", "portable", "example"
+DISK, NO_DEDUP = "disk", "nodedup"
 TITLES = {
     SHM: "raw /dev/shm",
     HUGE: "raw tmpfs huge=within_size",
+    DISK: "raw disk",
+    NO_DEDUP: "cascadefs, dedup off",
     CASCADE: "cascadefs",
     PORTABLE: "cascadefs portable",
     EXAMPLE: "pyfuse3 passthroughfs",
@@ -53,6 +61,21 @@ class Setup:
     cli: tuple[str, ...] | None
     example: Path
     is_root: bool
+
+
+@contextmanager
+def tidy_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does: through every `finally`, so that no mount stays."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def available_bytes() -> int:
@@ -98,7 +121,19 @@ def default_setup(store_base: Path | None = None) -> Setup:
     return Setup(shm_bytes, shm_bytes, base, find_cli(), find_example(), os.geteuid() == 0)
 
 
-def _command(command: list[str], what: str) -> str:
+@dataclass(frozen=True)
+class Mounted(Place):
+    """A cascadefs mount. `remount(drop_memory)` takes it down and up again; the seconds that the mount command took."""
+
+    remount: Callable[[bool], float]
+
+    def status(self) -> dict[str, Any]:
+        """What `cascadefs status --json` shows."""
+        found: dict[str, Any] = json.loads((self.folder / ".cascade/stats").read_text())
+        return found
+
+
+def run_command(command: list[str], what: str, environment: dict[str, str] | None = None) -> str:
     """Run to the end; what it printed. Output goes to a file: a daemon that kept a pipe open would hold us for ever."""
     with tempfile.TemporaryFile("w+") as output:
         try:
@@ -109,6 +144,7 @@ def _command(command: list[str], what: str) -> str:
                 stderr=subprocess.STDOUT,
                 timeout=COMMAND_S,
                 check=False,
+                env=os.environ | (environment or {}),
             )
         except (OSError, subprocess.TimeoutExpired) as failure:
             raise LeftOut(f"{what}: {failure}") from failure
@@ -130,7 +166,8 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextmanager
-def _mountpoint(note: Note) -> Iterator[Path]:
+def temporary_mountpoint(note: Note) -> Iterator[Path]:
+    """An empty folder to mount on."""
     path = Path(tempfile.mkdtemp(prefix="cascadefs-bench-mnt-"))
     try:
         yield path
@@ -142,7 +179,8 @@ def _mountpoint(note: Note) -> Iterator[Path]:
 
 
 @contextmanager
-def _folder(base: Path, note: Note) -> Iterator[Path]:
+def temporary_folder(base: Path, note: Note) -> Iterator[Path]:
+    """A fresh folder, gone with what is in it."""
     try:
         path = Path(tempfile.mkdtemp(prefix="cascadefs-bench-", dir=base))
     except OSError as failure:
@@ -156,12 +194,12 @@ def _folder(base: Path, note: Note) -> Iterator[Path]:
             note(f"left behind: {path} ({failure.strerror})")
 
 
-def _unmount(path: Path, first: list[str], note: Note) -> None:
+def unmount(path: Path, first: list[str], note: Note) -> None:
     """By `first`; if that does not do it, lazily, so that no mount outlives the run."""
     lazy = ["umount", "-l", str(path)] if os.geteuid() == 0 else ["fusermount3", "-uz", str(path)]
     for command in (first, lazy):
         try:
-            _command(command, f"unmounting {path}")
+            run_command(command, f"unmounting {path}")
         except LeftOut as failure:
             note(str(failure))
         if not os.path.ismount(path):
@@ -177,7 +215,7 @@ def raw_shm(note: Note) -> Iterator[Place]:
     """A folder in the /dev/shm of the machine: 4 KiB pages."""
     if not SHM_FOLDER.is_dir():
         raise LeftOut(f"no {SHM_FOLDER}")
-    with _folder(SHM_FOLDER, note) as path:
+    with temporary_folder(SHM_FOLDER, note) as path:
         yield Place(SHM, path, _nothing)
 
 
@@ -186,13 +224,13 @@ def huge_tmpfs(setup: Setup, note: Note) -> Iterator[Path]:
     """A tmpfs of our own with huge pages, for the raw place and as the backing of the example."""
     if not setup.is_root:
         raise LeftOut("mounting a tmpfs needs root")
-    with _mountpoint(note) as path:
+    with temporary_mountpoint(note) as path:
         options = f"huge=within_size,size={setup.huge_bytes},mode=700"
-        _command(["mount", "-t", "tmpfs", "-o", options, "cascadefs-bench", str(path)], "mounting a tmpfs")
+        run_command(["mount", "-t", "tmpfs", "-o", options, "cascadefs-bench", str(path)], "mounting a tmpfs")
         try:
             yield path
         finally:
-            _unmount(path, ["umount", str(path)], note)
+            unmount(path, ["umount", str(path)], note)
 
 
 @contextmanager
@@ -205,7 +243,7 @@ def _raw_huge(tmpfs: Path) -> Iterator[Place]:
 def _settle(cli: tuple[str, ...], mount: Path, note: Note) -> None:
     """Everything behind is done when a flush returns; a flush that fails makes the next figure worse, so it is told."""
     try:
-        _command([*cli, "flush", str(mount)], f"flushing {mount}")
+        run_command([*cli, "flush", str(mount)], f"flushing {mount}")
     except LeftOut as failure:
         note(f"did not settle: {failure}")
     time.sleep(PAUSE_S)
@@ -217,22 +255,44 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
     cli = setup.cli
     if cli is None:
         raise LeftOut("the cascadefs command is not installed")
-    if key == CASCADE and not setup.is_root:
+    if key != PORTABLE and not setup.is_root:
         raise LeftOut("passthrough needs root")
-    with _folder(setup.store_base, note) as store, _mountpoint(note) as path:
+    with temporary_folder(setup.store_base, note) as store, temporary_mountpoint(note) as path:
         command = [*cli, "mount", str(path), "--store", str(store / "store")]
         command += ["--shm-size", f"{setup.shm_bytes // MIB}MiB"]
         command += ["--no-passthrough"] if key == PORTABLE else []
+        environment = {"CASCADEFS_DEDUP": "off"} if key == NO_DEDUP else {}
         try:
-            said = _command(command, shlex.join(command))
-            if not os.path.ismount(path):
-                raise LeftOut(f"{shlex.join(command)}: returned, but nothing is mounted")
+            said = _mount(command, path, environment)
             for line in said.splitlines() if key == CASCADE else ():
                 note(f"{TITLES[key]} said: {line}")  # such as: no passthrough on this kernel
-            yield Place(key, path, lambda: _settle(cli, path, note))
+            remount = partial(_remount, cli, command, path, environment)
+            yield Mounted(key, path, lambda: _settle(cli, path, note), remount)
         finally:
             if os.path.ismount(path):
-                _unmount(path, [*cli, "umount", str(path), "--drop-memory"], note)
+                unmount(path, [*cli, "umount", str(path), "--drop-memory"], note)
+
+
+def _mount(command: list[str], path: Path, environment: dict[str, str]) -> str:
+    """Run a mount command; what it said."""
+    said = run_command(command, shlex.join(command), environment)
+    if not os.path.ismount(path):
+        raise LeftOut(f"{shlex.join(command)}: returned, but nothing is mounted")
+    return said
+
+
+def _remount(cli: tuple[str, ...], command: list[str], path: Path, environment: dict[str, str], drop_memory: bool) -> float:
+    run_command([*cli, "umount", str(path), *(["--drop-memory"] if drop_memory else [])], f"unmounting {path}")
+    start = time.monotonic()
+    _mount(command, path, environment)
+    return time.monotonic() - start
+
+
+@contextmanager
+def raw_disk(setup: Setup, note: Note) -> Iterator[Place]:
+    """A plain folder on the disk that the stores lie on."""
+    with temporary_folder(setup.store_base, note) as path:
+        yield Place(DISK, path, _nothing)
 
 
 @contextmanager
@@ -261,16 +321,18 @@ def example(setup: Setup, tmpfs: Path, note: Note) -> Iterator[Place]:
         raise LeftOut(f"no {setup.example} (`make bench` fetches it; CASCADEFS_PASSTHROUGHFS names another place)")
     backing = tmpfs / "backing"
     backing.mkdir()
-    with _mountpoint(note) as path, _example_process(setup.example, backing, path):
+    with temporary_mountpoint(note) as path, _example_process(setup.example, backing, path):
         try:
             yield Place(EXAMPLE, path, lambda: time.sleep(PAUSE_S))
         finally:
-            _unmount(path, ["umount", str(path)], note)
+            unmount(path, ["umount", str(path)], note)
 
 
 @contextmanager
-def open_places(setup: Setup, note: Note) -> Iterator[tuple[list[Place], Path]]:
-    """All places that can be had here, in the order of TITLES, and a folder in memory for a ballast.
+def open_places(
+    setup: Setup, note: Note, keys: Collection[str] = (SHM, HUGE, CASCADE, PORTABLE, EXAMPLE)
+) -> Iterator[tuple[list[Place], Path]]:
+    """Those of `keys` that can be had here, in the order of TITLES, and a folder in memory for a ballast.
 
     `note` gets one line for each place that cannot be had.
     """
@@ -286,15 +348,19 @@ def open_places(setup: Setup, note: Note) -> Iterator[tuple[list[Place], Path]]:
         add(SHM, lambda: raw_shm(note))
         if not places:
             raise UserError(f"{SHM_FOLDER} cannot be used, and every figure is compared with it")
+        memory = places[0].folder
         tmpfs: Path | None = None
         try:
-            tmpfs = stack.enter_context(huge_tmpfs(setup, note))
+            memory = tmpfs = stack.enter_context(huge_tmpfs(setup, note))
         except LeftOut as why:
             note(f"{TITLES[HUGE]} and {TITLES[EXAMPLE]} left out: {why}")
-        if tmpfs:
+        if tmpfs and HUGE in keys:
             add(HUGE, lambda: _raw_huge(tmpfs))
-        for key in (CASCADE, PORTABLE):
-            add(key, lambda key=key: cascade(key, setup, note))  # type: ignore[misc]
-        if tmpfs:
+        if DISK in keys:
+            add(DISK, lambda: raw_disk(setup, note))
+        for key in (NO_DEDUP, CASCADE, PORTABLE):
+            if key in keys:
+                add(key, lambda key=key: cascade(key, setup, note))  # type: ignore[misc]
+        if tmpfs and EXAMPLE in keys:
             add(EXAMPLE, lambda: example(setup, tmpfs, note))
-        yield places, tmpfs or places[0].folder
+        yield [place for place in places if place.key in keys], memory
