@@ -7,14 +7,15 @@ cascadefs column failed in the middle; unmet goals are only shown.
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cascadefs.bench import cold, hashing, io, lines, ops, portable, report, targets
+from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable, report, targets
 from cascadefs.bench.io import MIB, Measure, Samples
 from cascadefs.bench.lines import Goal
 from cascadefs.bench.targets import CASCADE, DISK, EXAMPLE, HUGE, NO_DEDUP, PORTABLE
@@ -189,4 +190,48 @@ def bench_portable(json_path: Path | None, store: Path | None, quick: bool, repe
     _run(plan, quick, repeats, json_path, store)
 
 
-COMMANDS = (bench_ops, bench_cold, bench_hashing, bench_portable)
+GROWTH_SHM_BYTES = 1024 * MIB
+
+
+def _grow(up_to: int, file_bytes: int, store: Path | None, notes: Notes, console: Console) -> list[growth.Stage]:
+    need = GROWTH_SHM_BYTES + 2 * up_to * file_bytes
+    with targets.open_places(setup_for(need, store), notes.add, (CASCADE,)) as (places, _):
+        if not places or not isinstance(place := places[0], targets.Mounted):
+            raise UserError("\n".join(notes.lines))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=up_to)
+            return growth.run(
+                place, up_to, file_bytes, lambda what, done: progress.update(task, completed=done, description=what)
+            )
+
+
+@click.command("growth")
+@options
+@click.option("--up-to", type=click.IntRange(100, 4_000_000), default=100_000, show_default=True, help="Files at the end.")
+@click.option("--file-bytes", type=click.IntRange(0, 1 << 20), default=0, show_default=True, help="Bytes in each file.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it here (PNG, SVG; needs matplotlib).")
+def bench_growth(json_path: Path | None, store: Path | None, up_to: int, file_bytes: int, plot: Path | None) -> None:
+    """What a file costs when there are many: times and memory at 1,000, 10,000, 100,000 ... files of one store.
+
+    100,000 files take about a minute, 1,000,000 about ten (--up-to 1000000). Empty files by default; with --file-bytes each
+    has a content of its own, which also takes memory tier and disk (4 KiB and 8 KiB a file at least).
+    """
+    notes, console = Notes(), new_console()
+    try:
+        with targets.tidy_exit():
+            found = _grow(up_to, file_bytes, store, notes, console)
+        if plot:
+            growth.plot(found, plot)
+    except UserError as why:
+        raise click.ClickException(str(why)) from why
+    judged = growth.judge(found)
+    console.print(growth.table(found))
+    console.print(lines.table(judged))
+    if json_path:
+        setup = setup_for(GROWTH_SHM_BYTES, store)
+        document = lines.document(judged, (), report.machine(setup.shm_bytes, setup.store_base), growth.METHOD, notes.lines)
+        write_json(json_path, document | {"stages": [asdict(stage) for stage in found]}, console)
+
+
+COMMANDS = (bench_ops, bench_cold, bench_hashing, bench_portable, bench_growth)

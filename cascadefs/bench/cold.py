@@ -28,8 +28,8 @@ FULL_BATCHES, QUICK_BATCHES, WARM_UP_BATCHES = 5, 2, 1
 NEAR_RAW, TIMES_FILES = 0.9, 5.0
 METHOD = (
     "flush: so many files of 80 MiB are written; the clock runs while fsync of .cascade (what `cascadefs flush` does) makes"
-    " them durable; bytes are what `status` calls not yet durable when it starts. Raw: one file of the same bytes, O_DIRECT, 4 MiB"
-    " requests, four in flight (threads), and fdatasync, all in the clock.",
+    " them durable; bytes are what `status` calls not yet durable when it starts. Raw: one file of the same bytes, O_DIRECT,"
+    " 4 MiB requests, four in flight (threads), and fdatasync, all in the clock.",
     "cold read: the mount is taken down with --drop-memory and up again; open, one readv, close of each file of 80 MiB. Raw:"
     " the raw file in the same way as it was written, four requests of 4 MiB in flight.",
     "small blocks: 100 files of 64 KiB are written and closed, then one `cascadefs flush` (fsync of .cascade: data and names of"

@@ -18,8 +18,8 @@ WITHIN = 0.95
 CPU_ROW = "processor time of the worker, written and flushed"
 METHOD = (
     "burst: files of 64 MiB in 1 MiB calls, one after the other, each under a fresh name: all bytes over the time in open,"
-    " write and close. dedup off is a mount with that setting: it shares no content, but fingerprints blocks all the same, because"
-    " they are what reads from the cold tier are verified with.",
+    " write and close. dedup off is a mount with that setting: it shares no content, but fingerprints blocks all the same,"
+    " because they are what reads from the cold tier are verified with.",
     "processor time: utime + stime of the worker (/proc/PID/stat) from before the burst until a flush has returned, per GiB"
     " written: sealing, hashing, packing and writing to the extents.",
     "One run, all places one after the other, the order rotating with the repeat; medians over the repeats.",
