@@ -6,8 +6,8 @@ cascadefs column failed in the middle; unmet goals are only shown.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Plan:
     shm_bytes: int
     ballast_bytes: int
     buffer_bytes: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def new_console() -> Console:
@@ -53,14 +54,13 @@ def new_console() -> Console:
 def setup_for(shm_bytes: int, store: Path | None) -> targets.Setup:
     """What the machine offers, with a memory tier of at most so much."""
     found = targets.default_setup(store)
-    return targets.Setup(
-        min(shm_bytes, found.shm_bytes), found.huge_bytes, found.store_base, found.cli, found.example, found.is_root
-    )
+    return replace(found, shm_bytes=min(shm_bytes, found.shm_bytes))
 
 
 def run_plan(plan: Plan, repeats: int, json_path: Path | None, store: Path | None) -> None:
     """Everything from the mounts to the table."""
     console, notes, setup = new_console(), Notes(), setup_for(plan.shm_bytes, store)
+    setup = replace(setup, environment=plan.environment)
     if setup.shm_bytes < plan.shm_bytes:
         need, have = (io.size_text(size) for size in (plan.shm_bytes, setup.shm_bytes))
         raise UserError(f"not enough free memory: a memory tier of {need} is needed, {have} can be had; try --quick")
@@ -154,8 +154,9 @@ def bench_cold(json_path: Path | None, store: Path | None, quick: bool, repeats:
     held = 2 * blocks * cold.BLOCK  # below the high watermark: nothing is evicted, nothing staged on the disk
     warm_up = cold.measures(cold.WARM_UP_BLOCKS, cold.WARM_UP_BATCHES)
     plan = Plan(
-        (DISK, CASCADE), warm_up, cold.measures(blocks, batches), [], cold.goals(blocks), cold.METHOD, held, held, cold.BLOCK
-    )
+        (DISK, CASCADE), warm_up, cold.measures(blocks, batches), [], cold.goals(blocks), cold.METHOD, held, held, cold.BLOCK,
+        cold.ENVIRONMENT,
+    )  # fmt: skip
     _run(plan, quick, repeats, json_path, store)
 
 

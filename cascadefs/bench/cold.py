@@ -25,10 +25,11 @@ REQUEST, DEPTH = 4 * MIB, 4
 BATCH, SMALL = 100, 64 * KIB
 FULL_BLOCKS, QUICK_BLOCKS, WARM_UP_BLOCKS = 6, 2, 1
 FULL_BATCHES, QUICK_BATCHES, WARM_UP_BATCHES = 5, 2, 1
+ENVIRONMENT = {"CASCADEFS_SEAL_DELAY": "60"}  # nothing is flushed behind the measure's back
 NEAR_RAW, TIMES_FILES = 0.9, 5.0
 METHOD = (
     "flush: so many files of 80 MiB are written; the clock runs while fsync of .cascade (what `cascadefs flush` does) makes"
-    " them durable; bytes are what `status` calls not yet durable when it starts. Raw: one file of the same bytes, O_DIRECT,"
+    " them durable; none of it was sealed or flushed before (seal_delay=60). Raw: one file of the same bytes, O_DIRECT,"
     " 4 MiB requests, four in flight (threads), and fdatasync, all in the clock.",
     "cold read: the mount is taken down with --drop-memory and up again; open, one readv, close of each file of 80 MiB. Raw:"
     " the raw file in the same way as it was written, four requests of 4 MiB in flight.",
@@ -111,6 +112,8 @@ def _cascade(blocks: int, place: Mounted, folder: Path, kit: Kit) -> Figures:
         firsts.append(kit.source.next_number)
         io.write_file(folder / str(number), kit.source, BLOCK, BLOCK)
     pending = place.status()["pending_bytes"]
+    if pending != blocks * BLOCK:
+        raise OSError(errno.EBUSY, f"{pending} of {blocks * BLOCK} bytes were left to flush")
     flushed = _timed(partial(sync_all, place.folder))
     place.remount(True)
     spent = 0

@@ -1,4 +1,4 @@
-"""What a file costs when there are many: time of each operation, memory of the worker and of the mount, at 1k, 10k, 100k ... files.
+"""What a file costs when there are many: time of each operation and memory of the worker at 1k, 10k, 100k ... files.
 
 Owns: the stages, their table and plot. Sets up nothing. Invariants:
 (1) One store grows through all stages, so that a stage sees what the earlier ones left behind.
@@ -30,8 +30,8 @@ FOLDER_FILES = 10_000  # a folder holds so many: what a client's cache of many s
 FLAT, KIB_A_FILE, MOUNT_S = 2.0, 1.5, 5.0
 METHOD = (
     "One store grows from stage to stage, in folders of 10,000 files. create: the mean over all files of the stage, one after"
-    " the other; stat (AT_STATX_FORCE_SYNC) and open + close: the median over 500 files spread over the store; list: a folder with"
-    " os.scandir and DirEntry.stat; unlink: the mean over 500 files made for it, once they are settled.",
+    " the other; stat (AT_STATX_FORCE_SYNC) and open + close: the median over 500 files spread over the store; list: a"
+    " folder with os.scandir and DirEntry.stat; unlink: the mean over 500 files made for it, once they are settled.",
     "memory: VmRSS of the worker after a flush, less what it was with no file, over the number of files; all of them have been"
     " created and are known to the kernel. mount: the mount command on the store of the last stage, memory tier kept.",
 )

@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -53,7 +53,8 @@ class LeftOut(UserError):
 
 @dataclass(frozen=True)
 class Setup:
-    """`shm_bytes`: memory tier of each cascadefs mount; `huge_bytes`: our tmpfs; `store_base`: where stores lie."""
+    """`shm_bytes`: memory tier of each cascadefs mount; `huge_bytes`: our tmpfs; `store_base`: where stores lie; `environment`:
+    settings of the mounts."""
 
     shm_bytes: int
     huge_bytes: int
@@ -61,6 +62,7 @@ class Setup:
     cli: tuple[str, ...] | None
     example: Path
     is_root: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -261,7 +263,7 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
         command = [*cli, "mount", str(path), "--store", str(store / "store")]
         command += ["--shm-size", f"{setup.shm_bytes // MIB}MiB"]
         command += ["--no-passthrough"] if key == PORTABLE else []
-        environment = {"CASCADEFS_DEDUP": "off"} if key == NO_DEDUP else {}
+        environment = {**setup.environment, **({"CASCADEFS_DEDUP": "off"} if key == NO_DEDUP else {})}
         try:
             said = _mount(command, path, environment)
             for line in said.splitlines() if key == CASCADE else ():
