@@ -22,7 +22,7 @@ from cascadefs.healing import Healer
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
-from cascadefs.record import align_up
+from cascadefs.record import align_up, record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
@@ -35,12 +35,6 @@ NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
 Payload = tuple[mmap.mmap, memoryview]  # as ColdTier.read() returns it
-
-
-def _drop(found: Payload | None) -> None:
-    if found is not None:
-        found[1].release()
-        found[0].close()
 
 
 def nobody_holds() -> None:
@@ -175,11 +169,11 @@ class Residency:
         """Each block to its place, the next ones read from the disk meanwhile. Zeros are read once and left as holes."""
         offset, holes = 0, set[bytes]()
         ahead = blocks if len(blocks) > 1 else ()
-        with fetched_ahead(ahead, partial(self._sound_record, holes), _drop) as records:
+        with fetched_ahead(ahead, partial(self._sound_record, holes), self._give_back) as records:
             for block in blocks:
                 record = next(records, None)
                 if block.fingerprint in holes:
-                    _drop(record)
+                    self._give_back(record)
                 elif not self._copy_block(record or self.healer.read(block), fd, offset):
                     holes.add(block.fingerprint)
                 offset += block.length
@@ -188,10 +182,19 @@ class Residency:
         """A block as it lies in its extent. None: it is damaged, which the healer sees to, or need not be read."""
         if block.location is None or block.fingerprint in holes:
             return None
+        buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
-            return self.cold.read(block.location, block.fingerprint)
-        except CorruptRecord:
-            return None
+            return buffer, self.cold.read_into(buffer, block.location, block.fingerprint)
+        except BaseException as e:
+            self.cold.buffers.give(buffer)
+            if isinstance(e, CorruptRecord):
+                return None
+            raise
+
+    def _give_back(self, found: Payload | None) -> None:
+        if found is not None:
+            found[1].release()
+            self.cold.buffers.give(found[0])
 
     def _copy_block(self, found: Payload, fd: int, offset: int) -> bool:
         """False, and nothing written, when the block is all zeros."""
@@ -201,7 +204,7 @@ class Residency:
             media.write_fully(fd, found[1], offset)
             return True
         finally:
-            _drop(found)
+            self._give_back(found)
 
     async def promote(self, found: Object) -> bool:
         """Bring a durable object to memory; False when it does not fit. Two at once for one object are harmless."""

@@ -12,22 +12,32 @@ from cascadefs.ext import hashing
 from cascadefs.record import record_bytes
 from cascadefs.tiers import cold as cold_module
 from cascadefs.tiers.cold import ColdTier, Piece
-from cascadefs.tiers.flight import DEPTH, Writes, fetched_ahead
+from cascadefs.tiers.flight import DEPTH, KEPT, KEPT_BYTES, Buffers, Writes, fetched_ahead
 
 
 def test_buffers_come_back_and_every_byte_arrives(tmp_path):
     fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     seen = set()
-    with Writes(fd) as writes:
-        for i in range(20):
-            data = writes.buffer(4096)
+    with Writes(fd, Buffers()) as writes:
+        for i in range(9):
+            data = writes.buffer(1 << 20)
             seen.add(id(data))
-            data[:4096] = bytes([i]) * 4096
-            writes.put(data, 4096, i * 4096)
+            data[: 1 << 20] = bytes([i]) * (1 << 20)
+            writes.put(data, 1 << 20, i << 20)
         writes.finish()
-    assert (tmp_path / "f").read_bytes() == b"".join(bytes([i]) * 4096 for i in range(20))
+    assert (tmp_path / "f").read_bytes() == b"".join(bytes([i]) * (1 << 20) for i in range(9))
     assert len(seen) <= DEPTH + 1
     os.close(fd)
+
+
+def test_buffers_are_large_enough_and_few_are_kept():
+    buffers = Buffers()
+    taken = [buffers.take(size) for size in (1, 5 << 20, KEPT_BYTES, KEPT_BYTES + 1)]
+    assert [len(data) for data in taken] == [1, KEPT_BYTES, KEPT_BYTES, KEPT_BYTES + 1]
+    for data in [*taken, *(buffers.take(KEPT_BYTES) for _ in range(KEPT))]:
+        buffers.give(data)
+    assert taken[0].closed and not taken[1].closed and taken[3].closed
+    assert sum(len(data) for data in buffers._free) == KEPT * KEPT_BYTES
 
 
 def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch):
@@ -43,7 +53,7 @@ def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch)
             raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(media, "write_fully", failing)
-    with pytest.raises(OSError) as caught, Writes(-1) as writes:
+    with pytest.raises(OSError) as caught, Writes(-1, Buffers()) as writes:
         for position in range(10):
             writes.put(writes.buffer(10), 10, position)
         writes.finish()

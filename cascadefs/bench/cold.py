@@ -31,8 +31,8 @@ METHOD = (
     "flush: so many files of 80 MiB are written; the clock runs while fsync of .cascade (what `cascadefs flush` does) makes"
     " them durable; none of it was sealed or flushed before (seal_delay=60). Raw: one file of the same bytes, O_DIRECT,"
     " 4 MiB requests, four in flight (threads), and fdatasync, all in the clock.",
-    "cold read: the mount is taken down with --drop-memory and up again; open, one readv, close of each file of 80 MiB. Raw:"
-    " the raw file in the same way as it was written, four requests of 4 MiB in flight.",
+    "cold read: the mount is taken down with --drop-memory and up again; open, one readv, close of each file of 80 MiB;"
+    " open brings it to memory, the rest reads it from there. Raw: the raw file, four requests of 4 MiB in flight.",
     "small blocks: 100 files of 64 KiB are written and closed, then one `cascadefs flush` (fsync of .cascade: data and names of"
     " all of them are durable; fsync of a plain folder would be names only, fsync of one file that file only). Raw: a file for"
     " each block on the same disk, write, fsync, close.",
@@ -48,6 +48,11 @@ def flush_name(blocks: int) -> str:
 def read_name(blocks: int) -> str:
     """The row of a cold read."""
     return f"cold read {blocks} x 80 MiB"
+
+
+def open_name(blocks: int) -> str:
+    """The row of the part of a cold read that is open(2): there a file is brought to memory."""
+    return f"of it, open {blocks} x 80 MiB"
 
 
 SMALL_ROW = "64 KiB blocks, durable per batch of 100"
@@ -116,11 +121,17 @@ def _cascade(blocks: int, place: Mounted, folder: Path, kit: Kit) -> Figures:
         raise OSError(errno.EBUSY, f"{pending} of {blocks * BLOCK} bytes were left to flush")
     flushed = _timed(partial(sync_all, place.folder))
     place.remount(True)
-    spent = 0
+    opening, reading = 0.0, 0.0
     for number, first in enumerate(firsts):
-        spent += io.read_file(folder / str(number), kit.sink, BLOCK, BLOCK)
+        start = time.perf_counter()
+        with open(folder / str(number), "rb", buffering=0) as file:
+            opened = time.perf_counter()
+            io.read_all(file.fileno(), kit.sink[:BLOCK])
+        opening, reading = opening + opened - start, reading + time.perf_counter() - opened
         io.check(kit.sink[:BLOCK], first)
-    return {flush_name(blocks): pending / flushed / GB, read_name(blocks): blocks * BLOCK * 1e9 / spent / GB}
+    size = blocks * BLOCK / GB
+    names = (flush_name(blocks), read_name(blocks), open_name(blocks))
+    return dict(zip(names, (size / flushed, size / (opening + reading), size / opening), strict=True))
 
 
 def _large(blocks: int, place: Place, kit: Kit) -> Figures:
@@ -157,7 +168,9 @@ def _small(batches: int, place: Place, kit: Kit) -> Figures:
 def measures(blocks: int, batches: int) -> list[Measure]:
     """Flush and cold read, then small blocks."""
     return [
-        Measure({flush_name(blocks): io.RATE_GB, read_name(blocks): io.RATE_GB}, partial(_large, blocks)),
+        Measure(
+            dict.fromkeys((flush_name(blocks), read_name(blocks), open_name(blocks)), io.RATE_GB), partial(_large, blocks)
+        ),
         Measure({SMALL_ROW: io.PER_S}, partial(_small, batches)),
     ]
 

@@ -32,7 +32,7 @@ from cascadefs.record import (
     encode_record_header,
     record_bytes,
 )
-from cascadefs.tiers.flight import Writes, page_buffer
+from cascadefs.tiers.flight import Buffers, Writes, page_buffer
 from cascadefs.types import Location
 
 LUSTRE_MAGIC = 0x0BD00BD0
@@ -56,6 +56,7 @@ class ColdTier:
     def __init__(self, folder: Path, store_id: str, secret: bytes) -> None:
         media.make_folder(folder)
         self.folder, self._store_id, self.secret = folder, bytes.fromhex(store_id), secret
+        self.buffers = Buffers()
         self.on_lustre = media.filesystem_magic(folder) == LUSTRE_MAGIC
 
     def path(self, number: int) -> Path:
@@ -122,7 +123,7 @@ class ColdTier:
                 placed = self._pack(number, position, batches[0], data)
                 media.write_fully(fd, data, position)
             return placed, position + _total(batches[0])
-        with Writes(fd) as writes:
+        with Writes(fd, self.buffers) as writes:
             for batch in batches:
                 data = writes.buffer(size := _total(batch))
                 placed += self._pack(number, position, batch, data)
@@ -180,22 +181,31 @@ class ColdTier:
         """(buffer, view of the payload in it), verified. The caller releases the view, then closes the buffer."""
         buffer = page_buffer(record_bytes(at.length))
         try:
+            return buffer, self.read_into(buffer, at, fingerprint, kind)
+        except BaseException:
+            buffer.close()
+            raise
+
+    def read_into(self, buffer: mmap.mmap, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> memoryview:
+        """View of the payload, verified, in a buffer of at least record_bytes(at.length)."""
+        wanted = record_bytes(at.length)
+        try:
             fd = media.open_direct(self.path(at.extent), os.O_RDONLY)
-            try:
-                got = media.read_fully(fd, buffer, at.offset)
-            finally:
-                os.close(fd)
-            if got < len(buffer):
-                raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
-            header = decode_record_header(buffer[:HEADER_BYTES])
-            payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
-            expected = RecordHeader(fingerprint, at.length, at.offset, kind)
-            if header == expected and hashing.fingerprint(payload, self.secret) == fingerprint:
-                return buffer, payload
-            payload.release()
-        except FileNotFoundError:
-            pass  # reported below like any other loss: the record is not there
-        buffer.close()
+        except FileNotFoundError:  # reported like any other loss: the record is not there
+            raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged") from None
+        try:
+            with memoryview(buffer) as view, view[:wanted] as part:
+                got = media.read_fully(fd, part, at.offset)
+        finally:
+            os.close(fd)
+        if got < wanted:
+            raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
+        header = decode_record_header(buffer[:HEADER_BYTES])
+        payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
+        expected = RecordHeader(fingerprint, at.length, at.offset, kind)
+        if header == expected and hashing.fingerprint(payload, self.secret) == fingerprint:
+            return payload
+        payload.release()
         raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged")
 
     def punch(self, at: Location) -> None:

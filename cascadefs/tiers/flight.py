@@ -15,25 +15,53 @@ from types import TracebackType
 from typing import TypeVar
 
 from cascadefs import media
+from cascadefs.config import MIB
+from cascadefs.record import ALIGN
 
 DEPTH = 2  # one on the disk, one in the queue behind it; a third gained nothing
-T, R = TypeVar("T"), TypeVar("R")
+KEPT_BYTES = 8 * MIB + 16 * ALIGN  # one write of cold.py
+KEPT_FROM_BYTES = MIB
+KEPT = 4  # 33 MiB: a flush and a promotion at once
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def page_buffer(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory that O_DIRECT takes, on huge pages where the kernel has them: a tenth of the page faults."""
+    """Zeroed memory that O_DIRECT takes, on huge pages where the kernel has them: fewer page faults."""
     found = mmap.mmap(-1, size_bytes)
     with contextlib.suppress(OSError, AttributeError):
         found.madvise(mmap.MADV_HUGEPAGE)
     return found
 
 
+class Buffers:
+    """Memory for transfers that is used again: fresh pages cost as much as the bytes that go through them, and munmap() holds
+    up every thread of the interpreter. What is small is not kept. Threads may share one."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    def take(self, size_bytes: int) -> mmap.mmap:
+        """A buffer of at least that size, with any bytes in it."""
+        if KEPT_FROM_BYTES <= size_bytes <= KEPT_BYTES:
+            with contextlib.suppress(IndexError):
+                return self._free.pop()
+            return page_buffer(KEPT_BYTES)
+        return page_buffer(size_bytes)
+
+    def give(self, data: mmap.mmap) -> None:
+        """The reverse of take(); no view of it may be left."""
+        if len(data) == KEPT_BYTES and len(self._free) < KEPT:
+            self._free.append(data)
+        else:
+            data.close()
+
+
 class Writes:
     """Writes to an open file. A context manager."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._free: list[mmap.mmap] = []
+    def __init__(self, fd: int, buffers: Buffers) -> None:
+        self._fd, self._buffers = fd, buffers
         self._under_way: deque[tuple[Future[None], mmap.mmap]] = deque()
         self._threads = ThreadPoolExecutor(DEPTH, "cascadefs-write")
 
@@ -48,10 +76,7 @@ class Writes:
         """A buffer of at least that size, with any bytes in it. OSError of an earlier write."""
         while self._under_way and (self._under_way[0][0].done() or len(self._under_way) >= DEPTH):
             self._take_back()
-        for i, known in enumerate(self._free):
-            if len(known) >= size_bytes:
-                return self._free.pop(i)
-        return page_buffer(size_bytes)
+        return self._buffers.take(size_bytes)
 
     def put(self, data: mmap.mmap, size_bytes: int, position: int) -> None:
         """Begin to write the first bytes of a buffer; it is not the caller's any more."""
@@ -65,7 +90,7 @@ class Writes:
     def _take_back(self) -> None:
         done, data = self._under_way.popleft()
         done.result()
-        self._free.append(data)
+        self._buffers.give(data)
 
 
 def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
