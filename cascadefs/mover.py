@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
+HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
 INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
@@ -48,6 +49,7 @@ class Mover:
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
         self._lock = trio.Lock()
@@ -101,7 +103,8 @@ class Mover:
     async def _flush_round(self) -> bool:
         now = time.monotonic()
         quiet, waited = now - self.files.last_use, now - self._last_round
-        if not scheduler.background_may_run(quiet, waited, self.residency.under_pressure()):
+        pressed = self._is_hurried or self.residency.under_pressure()
+        if not scheduler.background_may_run(quiet, waited, pressed):
             await trio.sleep(scheduler.QUIET_S)
             return True
         done = await self.flush_batch(())
@@ -362,7 +365,7 @@ class Mover:
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
-        busy = [ino for ino in self.index.staged_inodes() if not await self.sealer.seal(ino)]
+        busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
         while self._has_dirty(last):
@@ -374,6 +377,20 @@ class Mover:
         await self.sync_index()
         if left := len(self.unflushable | self._put_off_until.keys()):
             raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")
+
+    async def _seal_all(self) -> list[int]:
+        """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
+        busy, sealed_bytes = list[int](), 0
+        try:
+            for ino in self.index.staged_inodes():
+                if not await self.sealer.seal(ino):
+                    busy.append(ino)
+                elif (inode := self.files.namespace.find(ino)) is not None:
+                    sealed_bytes += inode.size
+                    self._is_hurried = sealed_bytes >= HURRY_BYTES
+        finally:
+            self._is_hurried = False
+        return busy
 
     def _has_dirty(self, last: int) -> bool:
         left = self.unflushable | self._put_off_until.keys()

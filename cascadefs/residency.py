@@ -8,26 +8,33 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 
 import contextlib
 import errno
+import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 
 import trio
 
 from cascadefs import media, scheduler
 from cascadefs.crash import point
+from cascadefs.errors import CorruptRecord
 from cascadefs.healing import Healer
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
+from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.flight import fetched_ahead
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
+
+
+Payload = tuple[mmap.mmap, memoryview]  # as ColdTier.read() returns it
 
 
 def nobody_holds() -> None:
@@ -155,26 +162,51 @@ class Residency:
         media.remove(path)
         fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            offset, holes = 0, set[bytes]()
-            for block in blocks:
-                if block.fingerprint not in holes and not self._copy_block(block, fd, offset):
-                    holes.add(block.fingerprint)
-                offset += block.length
-            media.truncate(fd, offset)
+            self._copy_blocks(blocks, fd)
+            media.truncate(fd, sum(block.length for block in blocks))
         finally:
             os.close(fd)
 
-    def _copy_block(self, block: Block, fd: int, offset: int) -> bool:
-        """False, and nothing written, when the block is all zeros."""
-        buffer, payload = self.healer.read(block)
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int) -> None:
+        """Each block to its place, the next ones read from the disk meanwhile. Zeros are read once and left as holes."""
+        offset, holes = 0, set[bytes]()
+        ahead = blocks if len(blocks) > 1 else ()
+        with fetched_ahead(ahead, partial(self._sound_record, holes), self._give_back) as records:
+            for block in blocks:
+                record = next(records, None)
+                if block.fingerprint in holes:
+                    self._give_back(record)
+                elif not self._copy_block(record or self.healer.read(block), fd, offset):
+                    holes.add(block.fingerprint)
+                offset += block.length
+
+    def _sound_record(self, holes: Container[bytes], block: Block) -> Payload | None:
+        """A block as it lies in its extent. None: it is damaged, which the healer sees to, or need not be read."""
+        if block.location is None or block.fingerprint in holes:
+            return None
+        buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
-            if not payload[0] and payload == bytes(block.length):
+            return buffer, self.cold.read_into(buffer, block.location, block.fingerprint)
+        except BaseException as e:
+            self.cold.buffers.give(buffer)
+            if isinstance(e, CorruptRecord):
+                return None
+            raise
+
+    def _give_back(self, found: Payload | None) -> None:
+        if found is not None:
+            found[1].release()
+            self.cold.buffers.give(found[0])
+
+    def _copy_block(self, found: Payload, fd: int, offset: int) -> bool:
+        """False, and nothing written, when the block is all zeros."""
+        try:
+            if not found[1][0] and found[1] == bytes(len(found[1])):
                 return False
-            media.write_fully(fd, payload, offset)
+            media.write_fully(fd, found[1], offset)
             return True
         finally:
-            payload.release()
-            buffer.close()
+            self._give_back(found)
 
     async def promote(self, found: Object) -> bool:
         """Bring a durable object to memory; False when it does not fit. Two at once for one object are harmless."""

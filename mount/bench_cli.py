@@ -7,13 +7,14 @@ only shown.
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cascadefs.bench import io, report, targets
+from cascadefs.bench import io, lines, report, targets
 from cascadefs.errors import UserError
 from cascadefs.mount.compare_cli import bench_compare
 
@@ -44,7 +45,7 @@ class Notes:
         self.add(f"{targets.TITLES[key]} FAILED and was left out from then on: {why}")
 
 
-def _measure(
+def measure(
     places: list[io.Place],
     ballast: io.Ballast,
     warm_up: list[io.Measure],
@@ -52,6 +53,7 @@ def _measure(
     repeats: int,
     notes: Notes,
     console: Console,
+    buffer_bytes: int = 0,
 ) -> io.Samples:
     """Warm-up, then the run that counts; places that broke while warming up take no part."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -61,12 +63,12 @@ def _measure(
         def step(measure: str, key: str) -> None:
             progress.update(task, advance=1, description=f"{measure}: {targets.TITLES[key]}")
 
-        io.run(warm_up, places, 1, ballast, step, notes.failure)
+        io.run(warm_up, places, 1, ballast, step, notes.failure, buffer_bytes)
         sound = [place for place in places if place.key not in notes.failed]
-        return io.run(chosen, sound, repeats, ballast, step, notes.failure)
+        return io.run(chosen, sound, repeats, ballast, step, notes.failure, buffer_bytes)
 
 
-def _chosen(measures: list[io.Measure], words: tuple[str, ...]) -> list[io.Measure]:
+def chosen_of(measures: list[io.Measure], words: tuple[str, ...]) -> list[io.Measure]:
     """Measures with a row that contains one of the words; all without words."""
     found = [m for m in measures if not words or any(word in row for row in m.units for word in words)]
     if not found:
@@ -86,17 +88,20 @@ def _bench_io(
     sizes = io.fit(wanted, setup.shm_bytes)
     if sizes != wanted:
         notes.add(f"sizes were cut to free memory (memory tier {io.size_text(setup.shm_bytes)}): some lines are not measured")
-    chosen = _chosen(io.measures(sizes), only)
+    chosen = chosen_of(io.measures(sizes), only)
     with targets.open_places(setup, notes.add) as (places, memory):
         ballast = io.Ballast(memory, sizes.ballast_bytes)
         warm_up = io.measures(io.WARM_UP if quick or only else io.fit(io.QUICK, setup.shm_bytes))
-        samples = _measure(places, ballast, warm_up, chosen, repeats, notes, console)
+        samples = measure(places, ballast, warm_up, chosen, repeats, notes, console)
     table = report.rows(samples, io.units(chosen))
     verdicts = report.acceptance(table, sizes.calls)
+    bulk = lines.bulk(samples, sizes, io.units(chosen))
     report.show(console, table, verdicts, notes.lines)
+    console.print(lines.table(bulk))
     if json_path:
         facts = report.machine(setup.shm_bytes, setup.store_base)
         document = report.document(table, verdicts, facts, sizes, notes.lines)
+        document["lines"] = [asdict(line) for line in bulk]
         json_path.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"written: {json_path}", markup=False)
 

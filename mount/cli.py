@@ -28,7 +28,7 @@ DROP_MEMORY = "user.cascade.drop-memory"
 # Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
 # For the same reason rich is imported where something is drawn.
 ELSEWHERE = {
-    "bench": ("bench_cli", "bench"),
+    "bench": ("lines_cli", "bench"),
     "fsck": ("check_cli", "fsck"),
     "verify": ("check_cli", "verify"),
     "rebuild-index": ("check_cli", "rebuild_index"),

@@ -36,6 +36,8 @@ WORKER_S = 300  # a pair that takes longer than this hangs
 WRITE, READ, PUT, GET = "write", "read", "put", "get"
 CREATE, STAT, UNLINK, OPEN = "create", "stat", "unlink", "open + close"
 RATE_GB, MICROS, PER_S = "GB/s", "us", "1/s"
+SECONDS, PER_FILE, CPU = "s", "KiB/file", "s/GiB"
+LESS_IS_BETTER = (MICROS, SECONDS, PER_FILE, CPU)
 
 _STAMP = struct.Struct("<8sQ")
 _clock = time.perf_counter_ns
@@ -131,7 +133,7 @@ class Ballast:
         """Write and remove a file of `size_bytes`; `filler` is any memory."""
         with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
             for offset in range(0, self.size_bytes, len(filler)):
-                _write_all(file.fileno(), filler[: self.size_bytes - offset])
+                write_all(file.fileno(), filler[: self.size_bytes - offset])
 
 
 Figures = dict[str, float]
@@ -163,7 +165,7 @@ def object_name(verb: str, size_bytes: int) -> str:
     return f"{verb} {size_text(size_bytes)}"
 
 
-def _pair_name(verb: str, size_bytes: int) -> str:
+def pair_name(verb: str, size_bytes: int) -> str:
     return f"2 processes {verb} {size_text(size_bytes)} each"
 
 
@@ -178,7 +180,7 @@ def fit(sizes: Sizes, shm_bytes: int) -> Sizes:
 
 
 @contextmanager
-def _scratch(place: Place) -> Iterator[Path]:
+def scratch(place: Place) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=place.folder))
     try:
         yield folder
@@ -186,13 +188,13 @@ def _scratch(place: Place) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _write_all(fd: int, view: memoryview) -> None:
+def write_all(fd: int, view: memoryview) -> None:
     done = os.write(fd, view)
     while done < len(view):
         done += os.write(fd, view[done:])
 
 
-def _read_all(fd: int, view: memoryview) -> None:
+def read_all(fd: int, view: memoryview) -> None:
     done = os.readv(fd, [view])
     while done < len(view):
         more = os.readv(fd, [view[done:]])
@@ -201,7 +203,7 @@ def _read_all(fd: int, view: memoryview) -> None:
         done += more
 
 
-def _check(view: memoryview, first: int) -> None:
+def check(view: memoryview, first: int) -> None:
     """`view` holds stamps `first`, `first + 1`, ..."""
     for step, offset in enumerate(range(0, len(view), STAMP_BYTES)):
         found = _STAMP.unpack_from(view, offset)[1]
@@ -209,7 +211,7 @@ def _check(view: memoryview, first: int) -> None:
             raise OSError(errno.EIO, f"read back stamp {found} where {first + step} was written")
 
 
-def _write_file(path: Path, source: Source, size: int, call: int) -> int:
+def write_file(path: Path, source: Source, size: int, call: int) -> int:
     """Write a new file; returns the ns spent in open, write and close (stamping stands outside)."""
     start = _clock()
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -219,7 +221,7 @@ def _write_file(path: Path, source: Source, size: int, call: int) -> int:
             view = source.view[: min(call, size - offset)]
             source.stamp(len(view))
             start = _clock()
-            _write_all(fd, view)
+            write_all(fd, view)
             spent += _clock() - start
     finally:
         start = _clock()
@@ -227,13 +229,13 @@ def _write_file(path: Path, source: Source, size: int, call: int) -> int:
     return spent + _clock() - start
 
 
-def _read_file(path: Path, sink: memoryview, size: int, call: int) -> int:
+def read_file(path: Path, sink: memoryview, size: int, call: int) -> int:
     """Read a file of `size` bytes; returns the ns of open, readv and close. The last call's bytes stay in `sink`."""
     start = _clock()
     fd = os.open(path, os.O_RDONLY)
     try:
         for offset in range(0, size, call):
-            _read_all(fd, sink[: min(call, size - offset)])
+            read_all(fd, sink[: min(call, size - offset)])
     finally:
         os.close(fd)
     return _clock() - start
@@ -242,37 +244,37 @@ def _read_file(path: Path, sink: memoryview, size: int, call: int) -> int:
 def _stream(size: int, call: int, place: Place, kit: Kit) -> Figures:
     """Fresh write, then hot read: the file is read once before the read that counts."""
     last = size - (size - 1) // call * call
-    with _scratch(place) as folder:
-        wrote_ns = _write_file(folder / "f", kit.source, size, call)
+    with scratch(place) as folder:
+        wrote_ns = write_file(folder / "f", kit.source, size, call)
         place.settle()
-        _read_file(folder / "f", kit.sink, size, call)
-        read_ns = _read_file(folder / "f", kit.sink, size, call)
-        _check(kit.sink[:last], kit.source.next_number - -(-last // STAMP_BYTES))
+        read_file(folder / "f", kit.sink, size, call)
+        read_ns = read_file(folder / "f", kit.sink, size, call)
+        check(kit.sink[:last], kit.source.next_number - -(-last // STAMP_BYTES))
     wrote, read = size * 1e9 / wrote_ns / GB, size * 1e9 / read_ns / GB
     return {stream_name(WRITE, size, call): wrote, stream_name(READ, size, call): read}
 
 
-def _objects(size: int, count: int, place: Place, kit: Kit) -> Figures:
+def objects_of(size: int, count: int, place: Place, kit: Kit) -> Figures:
     """put: a fresh name, one write. get: the first read of each, one readv."""
     put_ns, get_ns, firsts = [], [], []
-    with _scratch(place) as folder:
+    with scratch(place) as folder:
         for i in range(count):
             firsts.append(kit.source.next_number)
-            put_ns.append(_write_file(folder / f"{i:06d}", kit.source, size, size))
+            put_ns.append(write_file(folder / f"{i:06d}", kit.source, size, size))
         place.settle()
         for i in range(count):
-            get_ns.append(_read_file(folder / f"{i:06d}", kit.sink, size, size))
-            _check(kit.sink[:size], firsts[i])
+            get_ns.append(read_file(folder / f"{i:06d}", kit.sink, size, size))
+            check(kit.sink[:size], firsts[i])
     put_us, get_us = statistics.median(put_ns) / 1e3, statistics.median(get_ns) / 1e3
     return {object_name(PUT, size): put_us, object_name(GET, size): get_us}
 
 
-def _opens(count: int, place: Place, kit: Kit) -> Figures:
+def opens(count: int, place: Place, kit: Kit) -> Figures:
     """The same settled 64 KiB file, opened for reading again and again."""
     spent = []
-    with _scratch(place) as folder:
+    with scratch(place) as folder:
         path = folder / "f"
-        _write_file(path, kit.source, 64 * KIB, 64 * KIB)
+        write_file(path, kit.source, 64 * KIB, 64 * KIB)
         place.settle()
         for _ in range(count):
             start = _clock()
@@ -281,27 +283,27 @@ def _opens(count: int, place: Place, kit: Kit) -> Figures:
     return {OPEN: statistics.median(spent) / 1e3}
 
 
-def _rate(action: Callable[[str], object], paths: list[str]) -> float:
+def rate(action: Callable[[str], object], paths: list[str]) -> float:
     start = _clock()
     for path in paths:
         action(path)
     return len(paths) * 1e9 / (_clock() - start)
 
 
-def _make_empty(path: str) -> None:
+def make_empty(path: str) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _names(count: int, place: Place, kit: Kit) -> Figures:
     """Empty files in one folder; the stat of each name is its first, soon after all were created."""
-    with _scratch(place) as folder:
+    with scratch(place) as folder:
         paths = [f"{folder}/{i:06d}" for i in range(count)]
-        rates = {CREATE: _rate(_make_empty, paths), STAT: _rate(os.stat, paths), UNLINK: _rate(os.unlink, paths)}
+        rates = {CREATE: rate(make_empty, paths), STAT: rate(os.stat, paths), UNLINK: rate(os.unlink, paths)}
     place.settle()
     return rates
 
 
-def _mapped_name(size: int) -> str:
+def mapped_name(size: int) -> str:
     return f"mmap read {size_text(size)}"
 
 
@@ -317,8 +319,8 @@ def _copy_mapped(path: Path, size: int, sink: memoryview) -> None:
 def _mapped(size: int, place: Place, kit: Kit) -> Figures:
     """Map, copy out every byte, unmap: page faults included. Twice before it counts: the kernel moves a page to its active
     list at the second use, once, and where a write has filled the page cache that was the first."""
-    with _scratch(place) as folder:
-        _write_file(folder / "f", kit.source, size, MIB)
+    with scratch(place) as folder:
+        write_file(folder / "f", kit.source, size, MIB)
         place.settle()
         for _ in range(2):
             _copy_mapped(folder / "f", size, kit.sink)
@@ -326,8 +328,8 @@ def _mapped(size: int, place: Place, kit: Kit) -> Figures:
         _copy_mapped(folder / "f", size, kit.sink)
         spent = _clock() - start
         last = size - (size - 1) // MIB * MIB
-        _check(kit.sink[:last], kit.source.next_number - -(-last // STAMP_BYTES))
-    return {_mapped_name(size): size * 1e9 / spent / GB}
+        check(kit.sink[:last], kit.source.next_number - -(-last // STAMP_BYTES))
+    return {mapped_name(size): size * 1e9 / spent / GB}
 
 
 @contextmanager
@@ -345,7 +347,7 @@ def _worker(verb: str, path: Path, size: int) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def _together(verb: str, paths: Sequence[Path], size: int) -> float:
+def together(verb: str, paths: Sequence[Path], size: int) -> float:
     """One process for each path, all started at one moment: all bytes from the first start to the last end, GB/s."""
     with ExitStack() as stack:
         workers = [stack.enter_context(_worker(verb, path, size)) for path in paths]
@@ -364,12 +366,12 @@ def _together(verb: str, paths: Sequence[Path], size: int) -> float:
 
 
 def _pair(size: int, place: Place, kit: Kit) -> Figures:
-    with _scratch(place) as folder:
+    with scratch(place) as folder:
         paths = [folder / "a", folder / "b"]
-        wrote = _together(WRITE, paths, size)
+        wrote = together(WRITE, paths, size)
         place.settle()
-        read = _together(READ, paths, size)
-    return {_pair_name(WRITE, size): wrote, _pair_name(READ, size): read}
+        read = together(READ, paths, size)
+    return {pair_name(WRITE, size): wrote, pair_name(READ, size): read}
 
 
 def _worker_main(verb: str, path: str, size: int) -> None:
@@ -389,14 +391,14 @@ def _worker_main(verb: str, path: str, size: int) -> None:
     fd = os.open(path, flags, 0o600)
     for offset in range(0, size, MIB):
         if verb == WRITE:
-            _write_all(fd, buffer.view[offset : min(offset + MIB, size)])
+            write_all(fd, buffer.view[offset : min(offset + MIB, size)])
         else:
-            _read_all(fd, buffer.view[: min(MIB, size - offset)])
+            read_all(fd, buffer.view[: min(MIB, size - offset)])
     os.close(fd)
     ended = time.monotonic_ns()
     if verb == READ:  # the writer numbered its stamps from 0
         last = size - (size - 1) // MIB * MIB
-        _check(buffer.view[:last], (size - last) // STAMP_BYTES)
+        check(buffer.view[:last], (size - last) // STAMP_BYTES)
     print(began, ended, flush=True)
 
 
@@ -408,13 +410,13 @@ def measures(sizes: Sizes) -> list[Measure]:
         for call in sizes.calls
     ]
     found += [
-        Measure({object_name(verb, size): MICROS for verb in (PUT, GET)}, partial(_objects, size, count))
+        Measure({object_name(verb, size): MICROS for verb in (PUT, GET)}, partial(objects_of, size, count))
         for size, count in sizes.objects
     ]
-    found.append(Measure({_pair_name(verb, sizes.pair): RATE_GB for verb in (WRITE, READ)}, partial(_pair, sizes.pair)))
-    found.append(Measure({OPEN: MICROS}, partial(_opens, sizes.opens)))
+    found.append(Measure({pair_name(verb, sizes.pair): RATE_GB for verb in (WRITE, READ)}, partial(_pair, sizes.pair)))
+    found.append(Measure({OPEN: MICROS}, partial(opens, sizes.opens)))
     found.append(Measure(dict.fromkeys((CREATE, STAT, UNLINK), PER_S), partial(_names, sizes.names)))
-    found.append(Measure({_mapped_name(sizes.mapped): RATE_GB}, partial(_mapped, sizes.mapped)))
+    found.append(Measure({mapped_name(sizes.mapped): RATE_GB}, partial(_mapped, sizes.mapped)))
     return found
 
 
@@ -447,9 +449,10 @@ def run(
     ballast: Ballast,
     on_step: Callable[[str, str], None],
     on_failure: Callable[[str, OSError], None],
+    buffer_bytes: int = 0,
 ) -> Samples:
     """All samples by (row name, target key). A target that fails is left out from then on; its figures are dropped."""
-    kit = make_kit(max(FULL.buffer_bytes, MIB))
+    kit = make_kit(max(FULL.buffer_bytes, buffer_bytes))
     by_key = {place.key: place for place in places}
     samples: Samples = {}
     for _, number, key in schedule(repeats, len(chosen), list(by_key)):

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cascadefs.bench.io import GET, GIB, MIB, MICROS, PUT, READ, WRITE, Samples, Sizes, object_name, stream_name
+from cascadefs.bench.io import GET, GIB, LESS_IS_BETTER, MIB, PUT, READ, WRITE, Samples, Sizes, object_name, stream_name
 from cascadefs.bench.targets import CASCADE, EXAMPLE, HUGE, PORTABLE, SHM, TITLES
 
 METHOD = (
@@ -70,7 +70,7 @@ class Verdict:
 
 def speed_ratio(unit: str, figure: float, reference: float) -> float:
     """How many times faster than the reference."""
-    return reference / figure if unit == MICROS else figure / reference
+    return reference / figure if unit in LESS_IS_BETTER else figure / reference
 
 
 def rows(samples: Samples, units: Mapping[str, str]) -> list[Row]:

@@ -8,6 +8,7 @@ Owns: temporary folders, tmpfs and FUSE mounts, and the programs behind them. Do
 """
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -16,19 +17,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cascadefs.bench.io import GIB, MIB, Place
 from cascadefs.errors import UserError
 
 SHM, HUGE, CASCADE, PORTABLE, EXAMPLE = "shm", "huge", "cascadefs", "portable", "example"
+DISK, NO_DEDUP = "disk", "nodedup"
 TITLES = {
     SHM: "raw /dev/shm",
     HUGE: "raw tmpfs huge=within_size",
+    DISK: "raw disk",
+    NO_DEDUP: "cascadefs, dedup off",
     CASCADE: "cascadefs",
     PORTABLE: "cascadefs portable",
     EXAMPLE: "pyfuse3 passthroughfs",
@@ -47,7 +53,8 @@ class LeftOut(UserError):
 
 @dataclass(frozen=True)
 class Setup:
-    """`shm_bytes`: memory tier of each cascadefs mount; `huge_bytes`: our tmpfs; `store_base`: where stores lie."""
+    """`shm_bytes`: memory tier of each cascadefs mount; `huge_bytes`: our tmpfs; `store_base`: where stores lie; `environment`:
+    settings of the mounts."""
 
     shm_bytes: int
     huge_bytes: int
@@ -55,6 +62,7 @@ class Setup:
     cli: tuple[str, ...] | None
     example: Path
     is_root: bool
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -115,7 +123,19 @@ def default_setup(store_base: Path | None = None) -> Setup:
     return Setup(shm_bytes, shm_bytes, base, find_cli(), find_example(), os.geteuid() == 0)
 
 
-def run_command(command: list[str], what: str) -> str:
+@dataclass(frozen=True)
+class Mounted(Place):
+    """A cascadefs mount. `remount(drop_memory)` takes it down and up again; the seconds that the mount command took."""
+
+    remount: Callable[[bool], float]
+
+    def status(self) -> dict[str, Any]:
+        """What `cascadefs status --json` shows."""
+        found: dict[str, Any] = json.loads((self.folder / ".cascade/stats").read_text())
+        return found
+
+
+def run_command(command: list[str], what: str, environment: dict[str, str] | None = None) -> str:
     """Run to the end; what it printed. Output goes to a file: a daemon that kept a pipe open would hold us for ever."""
     with tempfile.TemporaryFile("w+") as output:
         try:
@@ -126,6 +146,7 @@ def run_command(command: list[str], what: str) -> str:
                 stderr=subprocess.STDOUT,
                 timeout=COMMAND_S,
                 check=False,
+                env=os.environ | (environment or {}),
             )
         except (OSError, subprocess.TimeoutExpired) as failure:
             raise LeftOut(f"{what}: {failure}") from failure
@@ -236,22 +257,44 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
     cli = setup.cli
     if cli is None:
         raise LeftOut("the cascadefs command is not installed")
-    if key == CASCADE and not setup.is_root:
+    if key != PORTABLE and not setup.is_root:
         raise LeftOut("passthrough needs root")
     with temporary_folder(setup.store_base, note) as store, temporary_mountpoint(note) as path:
         command = [*cli, "mount", str(path), "--store", str(store / "store")]
         command += ["--shm-size", f"{setup.shm_bytes // MIB}MiB"]
         command += ["--no-passthrough"] if key == PORTABLE else []
+        environment = {**setup.environment, **({"CASCADEFS_DEDUP": "off"} if key == NO_DEDUP else {})}
         try:
-            said = run_command(command, shlex.join(command))
-            if not os.path.ismount(path):
-                raise LeftOut(f"{shlex.join(command)}: returned, but nothing is mounted")
+            said = _mount(command, path, environment)
             for line in said.splitlines() if key == CASCADE else ():
                 note(f"{TITLES[key]} said: {line}")  # such as: no passthrough on this kernel
-            yield Place(key, path, lambda: _settle(cli, path, note))
+            remount = partial(_remount, cli, command, path, environment)
+            yield Mounted(key, path, lambda: _settle(cli, path, note), remount)
         finally:
             if os.path.ismount(path):
                 unmount(path, [*cli, "umount", str(path), "--drop-memory"], note)
+
+
+def _mount(command: list[str], path: Path, environment: dict[str, str]) -> str:
+    """Run a mount command; what it said."""
+    said = run_command(command, shlex.join(command), environment)
+    if not os.path.ismount(path):
+        raise LeftOut(f"{shlex.join(command)}: returned, but nothing is mounted")
+    return said
+
+
+def _remount(cli: tuple[str, ...], command: list[str], path: Path, environment: dict[str, str], drop_memory: bool) -> float:
+    run_command([*cli, "umount", str(path), *(["--drop-memory"] if drop_memory else [])], f"unmounting {path}")
+    start = time.monotonic()
+    _mount(command, path, environment)
+    return time.monotonic() - start
+
+
+@contextmanager
+def raw_disk(setup: Setup, note: Note) -> Iterator[Place]:
+    """A plain folder on the disk that the stores lie on."""
+    with temporary_folder(setup.store_base, note) as path:
+        yield Place(DISK, path, _nothing)
 
 
 @contextmanager
@@ -288,8 +331,10 @@ def example(setup: Setup, tmpfs: Path, note: Note) -> Iterator[Place]:
 
 
 @contextmanager
-def open_places(setup: Setup, note: Note) -> Iterator[tuple[list[Place], Path]]:
-    """All places that can be had here, in the order of TITLES, and a folder in memory for a ballast.
+def open_places(
+    setup: Setup, note: Note, keys: Collection[str] = (SHM, HUGE, CASCADE, PORTABLE, EXAMPLE)
+) -> Iterator[tuple[list[Place], Path]]:
+    """Those of `keys` that can be had here, in the order of TITLES, and a folder in memory for a ballast.
 
     `note` gets one line for each place that cannot be had.
     """
@@ -305,15 +350,19 @@ def open_places(setup: Setup, note: Note) -> Iterator[tuple[list[Place], Path]]:
         add(SHM, lambda: raw_shm(note))
         if not places:
             raise UserError(f"{SHM_FOLDER} cannot be used, and every figure is compared with it")
+        memory = places[0].folder
         tmpfs: Path | None = None
         try:
-            tmpfs = stack.enter_context(huge_tmpfs(setup, note))
+            memory = tmpfs = stack.enter_context(huge_tmpfs(setup, note))
         except LeftOut as why:
             note(f"{TITLES[HUGE]} and {TITLES[EXAMPLE]} left out: {why}")
-        if tmpfs:
+        if tmpfs and HUGE in keys:
             add(HUGE, lambda: _raw_huge(tmpfs))
-        for key in (CASCADE, PORTABLE):
-            add(key, lambda key=key: cascade(key, setup, note))  # type: ignore[misc]
-        if tmpfs:
+        if DISK in keys:
+            add(DISK, lambda: raw_disk(setup, note))
+        for key in (NO_DEDUP, CASCADE, PORTABLE):
+            if key in keys:
+                add(key, lambda key=key: cascade(key, setup, note))  # type: ignore[misc]
+        if tmpfs and EXAMPLE in keys:
             add(EXAMPLE, lambda: example(setup, tmpfs, note))
-        yield places, tmpfs or places[0].folder
+        yield [place for place in places if place.key in keys], memory

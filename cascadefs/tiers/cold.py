@@ -32,6 +32,7 @@ from cascadefs.record import (
     encode_record_header,
     record_bytes,
 )
+from cascadefs.tiers.flight import Buffers, Writes, page_buffer
 from cascadefs.types import Location
 
 LUSTRE_MAGIC = 0x0BD00BD0
@@ -55,6 +56,7 @@ class ColdTier:
     def __init__(self, folder: Path, store_id: str, secret: bytes) -> None:
         media.make_folder(folder)
         self.folder, self._store_id, self.secret = folder, bytes.fromhex(store_id), secret
+        self.buffers = Buffers()
         self.on_lustre = media.filesystem_magic(folder) == LUSTRE_MAGIC
 
     def path(self, number: int) -> Path:
@@ -87,14 +89,9 @@ class ColdTier:
         fd = media.open_direct(self.path(number), os.O_RDWR)
         try:
             media.truncate(fd, position)
-            placed, start = [], position
+            start = position
             try:
-                for batch in _batches(pieces):
-                    locations, data = self._pack(number, position, batch)
-                    with data:
-                        media.write_fully(fd, data, position)
-                    position += sum(record_bytes(piece.length) for piece in batch)
-                    placed += locations
+                placed, position = self._write_batches(fd, number, position, _batches(pieces))
                 if manifest is not None:
                     with self._pack_manifest(position, manifest) as data:
                         media.write_fully(fd, data, position)
@@ -116,25 +113,48 @@ class ColdTier:
         data[: HEADER_BYTES + len(manifest)] = header + manifest
         return data
 
-    def _pack(self, number: int, position: int, batch: Sequence[Piece]) -> tuple[list[tuple[int, Location]], mmap.mmap]:
-        """Records of `batch` in one page-aligned buffer."""
-        data = mmap.mmap(-1, sum(record_bytes(piece.length) for piece in batch))
-        view, at, locations = memoryview(data), 0, []
-        for piece in batch:
-            payload = view[at + HEADER_BYTES : at + HEADER_BYTES + piece.length]
-            try:
-                found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self.secret)
-            except OSError as e:
-                raise UnreadableCopy(e, piece.bid) from e  # or it was opened for writing meanwhile, and cut
-            if found != piece.fingerprint:
-                raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
-            header = encode_record_header(RecordHeader(piece.fingerprint, piece.length, position + at))
-            view[at : at + HEADER_BYTES] = header
-            locations.append((piece.bid, Location(number, position + at, piece.length)))
-            at += record_bytes(piece.length)
-            payload.release()
-        view.release()
-        return locations, data
+    def _write_batches(
+        self, fd: int, number: int, position: int, batches: Sequence[Sequence[Piece]]
+    ) -> tuple[list[tuple[int, Location]], int]:
+        """Write each batch; the next is packed while the last is on its way. A single one needs no thread."""
+        placed = list[tuple[int, Location]]()
+        if len(batches) == 1:
+            with page_buffer(_total(batches[0])) as data:
+                placed = self._pack(number, position, batches[0], data)
+                media.write_fully(fd, data, position)
+            return placed, position + _total(batches[0])
+        with Writes(fd, self.buffers) as writes:
+            for batch in batches:
+                data = writes.buffer(size := _total(batch))
+                placed += self._pack(number, position, batch, data)
+                writes.put(data, size, position)
+                position += size
+            writes.finish()
+        return placed, position
+
+    def _pack(self, number: int, position: int, batch: Sequence[Piece], data: mmap.mmap) -> list[tuple[int, Location]]:
+        """Records of `batch`, one after the other, at the beginning of a buffer that may hold other bytes."""
+        at, locations = 0, list[tuple[int, Location]]()
+        with memoryview(data) as view:
+            for piece in batch:
+                end = at + HEADER_BYTES + piece.length
+                with view[at + HEADER_BYTES : end] as payload:
+                    self._read_piece(piece, payload)
+                view[at : at + HEADER_BYTES] = encode_record_header(
+                    RecordHeader(piece.fingerprint, piece.length, position + at)
+                )
+                locations.append((piece.bid, Location(number, position + at, piece.length)))
+                at += record_bytes(piece.length)
+                view[end:at] = bytes(at - end)
+        return locations
+
+    def _read_piece(self, piece: Piece, payload: memoryview) -> None:
+        try:
+            found = hashing.read_fingerprint(piece.fd, piece.offset, payload, self.secret)
+        except OSError as e:
+            raise UnreadableCopy(e, piece.bid) from e  # or it was opened for writing meanwhile, and cut
+        if found != piece.fingerprint:
+            raise CorruptRecord(f"block {piece.fingerprint.hex()} changed in memory before it was written")
 
     def seal(self, number: int, position: int, records: Sequence[tuple[bytes, int, int]]) -> int:
         """Write the footer at `position`; returns the final size in bytes."""
@@ -159,24 +179,33 @@ class ColdTier:
 
     def read(self, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> tuple[mmap.mmap, memoryview]:
         """(buffer, view of the payload in it), verified. The caller releases the view, then closes the buffer."""
-        buffer = mmap.mmap(-1, record_bytes(at.length))
+        buffer = page_buffer(record_bytes(at.length))
+        try:
+            return buffer, self.read_into(buffer, at, fingerprint, kind)
+        except BaseException:
+            buffer.close()
+            raise
+
+    def read_into(self, buffer: mmap.mmap, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> memoryview:
+        """View of the payload, verified, in a buffer of at least record_bytes(at.length)."""
+        wanted = record_bytes(at.length)
         try:
             fd = media.open_direct(self.path(at.extent), os.O_RDONLY)
-            try:
-                got = media.read_fully(fd, buffer, at.offset)
-            finally:
-                os.close(fd)
-            if got < len(buffer):
-                raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
-            header = decode_record_header(buffer[:HEADER_BYTES])
-            payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
-            expected = RecordHeader(fingerprint, at.length, at.offset, kind)
-            if header == expected and hashing.fingerprint(payload, self.secret) == fingerprint:
-                return buffer, payload
-            payload.release()
-        except FileNotFoundError:
-            pass  # reported below like any other loss: the record is not there
-        buffer.close()
+        except FileNotFoundError:  # reported like any other loss: the record is not there
+            raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged") from None
+        try:
+            with memoryview(buffer) as view, view[:wanted] as part:
+                got = media.read_fully(fd, part, at.offset)
+        finally:
+            os.close(fd)
+        if got < wanted:
+            raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
+        header = decode_record_header(buffer[:HEADER_BYTES])
+        payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
+        expected = RecordHeader(fingerprint, at.length, at.offset, kind)
+        if header == expected and hashing.fingerprint(payload, self.secret) == fingerprint:
+            return payload
+        payload.release()
         raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged")
 
     def punch(self, at: Location) -> None:
@@ -197,6 +226,10 @@ class ColdTier:
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
         return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.folder))
+
+
+def _total(batch: Sequence[Piece]) -> int:
+    return sum(record_bytes(piece.length) for piece in batch)
 
 
 def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:

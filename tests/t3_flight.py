@@ -1,0 +1,123 @@
+"""Overlapping transfers: order, errors, and that nothing is under way afterwards."""
+
+import errno
+import os
+import threading
+import time
+
+import pytest
+
+from cascadefs import media
+from cascadefs.ext import hashing
+from cascadefs.record import record_bytes
+from cascadefs.tiers import cold as cold_module
+from cascadefs.tiers.cold import ColdTier, Piece
+from cascadefs.tiers.flight import DEPTH, KEPT, KEPT_BYTES, Buffers, Writes, fetched_ahead
+
+
+def test_buffers_come_back_and_every_byte_arrives(tmp_path):
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    seen = set()
+    with Writes(fd, Buffers()) as writes:
+        for i in range(9):
+            data = writes.buffer(1 << 20)
+            seen.add(id(data))
+            data[: 1 << 20] = bytes([i]) * (1 << 20)
+            writes.put(data, 1 << 20, i << 20)
+        writes.finish()
+    assert (tmp_path / "f").read_bytes() == b"".join(bytes([i]) * (1 << 20) for i in range(9))
+    assert len(seen) <= DEPTH + 1
+    os.close(fd)
+
+
+def test_buffers_are_large_enough_and_few_are_kept():
+    buffers = Buffers()
+    taken = [buffers.take(size) for size in (1, 5 << 20, KEPT_BYTES, KEPT_BYTES + 1)]
+    assert [len(data) for data in taken] == [1, KEPT_BYTES, KEPT_BYTES, KEPT_BYTES + 1]
+    for data in [*taken, *(buffers.take(KEPT_BYTES) for _ in range(KEPT))]:
+        buffers.give(data)
+    assert taken[0].closed and not taken[1].closed and taken[3].closed
+    assert sum(len(data) for data in buffers._free) == KEPT * KEPT_BYTES
+
+
+def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch):
+    running, lock = [0], threading.Lock()
+
+    def failing(fd, data, position):
+        with lock:
+            running[0] += 1
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        if position == 1:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(media, "write_fully", failing)
+    with pytest.raises(OSError) as caught, Writes(-1, Buffers()) as writes:
+        for position in range(10):
+            writes.put(writes.buffer(10), 10, position)
+        writes.finish()
+    assert caught.value.errno == errno.ENOSPC and running == [0]
+
+
+def test_what_is_fetched_comes_in_order_and_the_rest_is_dropped():
+    dropped = []
+    with fetched_ahead(range(1, 10), lambda n: n * n, dropped.append) as found:
+        assert [next(found) for _ in range(3)] == [1, 4, 9]
+    assert set(dropped) <= {16, 25} and len(dropped) <= DEPTH
+    with fetched_ahead([], lambda n: n, dropped.append) as found:
+        assert list(found) == []
+
+
+def test_an_error_of_a_fetch_comes_at_its_place():
+    with fetched_ahead([1, 0, 2], lambda n: 2 // n, lambda n: None) as found:
+        assert next(found) == 2
+        with pytest.raises(ZeroDivisionError):
+            next(found)
+
+
+@pytest.fixture
+def many(tmp_path, database, monkeypatch):
+    """An extent tier whose writes hold two records, and pieces for five writes: sizes that leave every length of padding."""
+    monkeypatch.setattr(cold_module, "WRITE_BYTES", 8192)
+    tier = ColdTier(tmp_path / "extents", database.identity.store_id, database.identity.secret)
+    sizes = [5000, 1, 4032, 8000, 100, 4033, 12_000, 7, 4000, 1]
+    data = [os.urandom(size) for size in sizes]
+    (tmp_path / "data").write_bytes(b"".join(data))
+    fd = os.open(tmp_path / "data", os.O_RDONLY)
+    prints = [hashing.fingerprint(part, tier.secret) for part in data]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    yield tier, data, [Piece(i, prints[i], fd, offsets[i], sizes[i]) for i in range(len(sizes))]
+    os.close(fd)
+
+
+def test_records_of_many_writes_are_read_back_with_clean_padding(many):
+    tier, data, pieces = many
+    start = tier.create(1)
+    placed, end = tier.append(1, start, pieces)
+    assert [bid for bid, _ in placed] == list(range(len(pieces)))
+    assert end - start == sum(record_bytes(piece.length) for piece in pieces) == os.path.getsize(tier.path(1)) - start
+    for (_, at), piece, part in zip(placed, pieces, data, strict=True):
+        tier.verify(at, piece.fingerprint)  # the padding, too: buffers are used again
+        buffer, payload = tier.read(at, piece.fingerprint)
+        assert payload == part
+        payload.release()
+        buffer.close()
+
+
+def test_an_extent_is_cut_back_after_one_of_many_writes_failed(many, monkeypatch):
+    tier, _, pieces = many
+    start, real, calls = tier.create(1), media.write_fully, [0]
+
+    def third_fails(fd, data, position):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "full")
+        real(fd, data, position)
+
+    monkeypatch.setattr(media, "write_fully", third_fails)
+    with pytest.raises(OSError, match="full"):
+        tier.append(1, start, pieces)
+    assert os.path.getsize(tier.path(1)) == start
+    monkeypatch.setattr(media, "write_fully", real)
+    assert tier.append(1, start, pieces)[1] == os.path.getsize(tier.path(1))
