@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +29,7 @@ from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
+DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 
 
@@ -153,23 +154,26 @@ class Files:
         if inode is not None and inode.nlink == 0:
             self.leftover.add(ino)
             if not self.database.connection.in_transaction:
-                self._delete_now(inode)
+                self._delete_now([inode])
 
     def delete_leftover(self) -> None:
         """Delete what has neither name nor user; what the medium refuses now is tried again by the mover."""
-        for ino in list(self.leftover):
-            inode = self.namespace.find(ino)
-            if inode is not None and not self._delete_now(inode):
+        waiting = list(self.leftover)
+        for at in range(0, len(waiting), DELETED_AT_ONCE):
+            found = [self.namespace.find(ino) for ino in waiting[at : at + DELETED_AT_ONCE]]
+            if not self._delete_now([inode for inode in found if inode is not None]):
                 return
-            self.leftover.discard(ino)
+            self.leftover.difference_update(waiting[at : at + DELETED_AT_ONCE])
 
-    def _delete_now(self, inode: Inode) -> bool:
+    def _delete_now(self, inodes: Sequence[Inode]) -> bool:
         """Whether the medium let us; it has told health if not."""
+        if not inodes:
+            return True
         try:
-            self.database.reserve.lend(partial(self.delete, inode))
+            self.database.reserve.lend(partial(self.delete, inodes))
         except OSError:
             return False
-        self.leftover.discard(inode.ino)
+        self.leftover.difference_update(inode.ino for inode in inodes)
         return True
 
     def _keep_dead(self) -> Callable[[], None]:
@@ -177,20 +181,23 @@ class Files:
         before = len(self.dead)
         return lambda: self.dead.__delitem__(slice(before, None))
 
-    def delete(self, inode: Inode) -> None:
-        """An inode without name and user goes, and what only it referred to."""
+    def delete(self, inodes: Sequence[Inode]) -> None:
+        """Inodes without name and user go, and what only they referred to: all of them in one commit, or none."""
         point("unlinked")
-        self.deleting(inode.ino)
-        oids = {oid for oid in (inode.oid, inode.durable_oid) if oid}
+        for inode in inodes:
+            self.deleting(inode.ino)
+        oids = {oid for inode in inodes for oid in (inode.oid, inode.durable_oid) if oid}
         digests = [self.index.object(oid).digest for oid in oids]
         with self.database.transaction():
-            self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0)
-            self.dead += self.index.set_fallback(inode.ino, None)
-            self.namespace.delete_inode(inode.ino)
+            for inode in inodes:
+                self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0)
+                self.dead += self.index.set_fallback(inode.ino, None)
+                self.namespace.delete_inode(inode.ino)
         point("deleted")
-        self.to_seal.pop(inode.ino, None)
-        if inode.home:
-            self.residency.tier_of(inode.home).drop_staged(inode.ino)
+        for inode in inodes:
+            self.to_seal.pop(inode.ino, None)
+            if inode.home:
+                self.residency.tier_of(inode.home).drop_staged(inode.ino)
         self.residency.tidy(digests)
 
     def read_without_us(self, ino: int, source: Source) -> None:

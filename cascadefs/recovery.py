@@ -62,7 +62,7 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
         if keep_orphans and inode.target != HOLDER:
             files.lookups[inode.ino] = 1
         else:
-            files.delete(inode)
+            files.delete([inode])
             result.orphans += 1
     for tier in (files.residency.memory, files.residency.parking):
         _drop_unknown(files, tier, result)

@@ -143,12 +143,11 @@ class Residency:
 
     def tidy(self, digests: Sequence[bytes] | None = None) -> None:
         """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
-        opened = self.sources.open_objects()
         for tier in (self.memory, self.parking):
             for digest in list(tier.objects) if digests is None else digests:
                 if digest not in tier.objects:
                     continue
-                if digest in opened:
+                if self.sources.find(("object", digest)) is not None:
                     self._opened_before.add(digest)
                     continue
                 found = self.index.find(digest)
