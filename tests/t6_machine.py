@@ -21,7 +21,7 @@ from cascadefs.mount.keeper import RESEND_SINCE
 
 MIB = 1 << 20
 TORTURE_STEPS = int(os.environ.get("TORTURE_STEPS", "0"))
-SEED = int(os.environ.get("TORTURE_SEED", "0") or time.time_ns() % 1_000_000)
+SEED = int(os.environ.get("TORTURE_SEED", "") or time.time_ns() % 1_000_000)
 SHORT_STEPS, STEPS_PER_EXAMPLE = 800, 100
 # Sealed at once, streamed from 1 MiB on, extents sealed after two blocks: a short walk meets every state of a file.
 CONFIG = 'shm_size = "16MiB"\nseal_delay = 0.0\npromote_limit = "1MiB"\nextent_size = "8MiB"\nbatch_size = "4MiB"\n'
