@@ -8,6 +8,7 @@ answers CREATE by itself; without a mount nobody writes. Knows no index. Invaria
 (2) Nothing in the file is trusted: a ring that makes no sense is begun anew, with a line in the log.
 """
 
+import contextlib
 import logging
 import mmap
 import os
@@ -73,7 +74,8 @@ class Creates:
     def __init__(self, folder: Path) -> None:
         """Open or make the file. Raises StoreError."""
         private_folder(folder / PLACE[0])
-        fd = open_private(folder.joinpath(*PLACE), os.O_RDWR | os.O_CREAT)
+        self._path = folder.joinpath(*PLACE)
+        fd = open_private(self._path, os.O_RDWR | os.O_CREAT)
         try:
             fresh = os.fstat(fd).st_size != RING_BYTES
             if fresh:
@@ -107,6 +109,12 @@ class Creates:
     def put(self) -> int:
         """How many records there have been."""
         return int(_HEAD.unpack_from(self.memory)[1])
+
+    def close(self) -> None:
+        """The store is closed: a ring with nothing in it goes, and is made anew by the next opening."""
+        if not self.pending(self.put):
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
 
     def settle(self, put: int) -> None:
         """The first `put` records have had their effect."""

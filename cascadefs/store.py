@@ -94,6 +94,7 @@ class Store:
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
         self.mover.journal.close()
+        self.creates.close()
         self.database.close()
 
     def release_memory(self) -> None:

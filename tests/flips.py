@@ -22,6 +22,7 @@ from cascadefs.sums import FRAME_HEADER, WAL_HEADER, read_wal
 
 Spot = tuple[str, str, int]  # the copy, the file in it, the bit
 # No content of a store: blocks without data, the log, and the mark of the boot, of which any other value means "do not trust".
+# A closed store has no ring of creates.
 NOT_CHECKED = ("reserve", "cascadefs.log", "boot")
 
 
