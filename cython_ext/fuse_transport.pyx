@@ -260,10 +260,11 @@ cdef class Transport:
         """Handles made from grants have this number and those that follow. Without it no grant is used."""
         self.known.grants.next_fh = first_fh
 
-    def grant(self, uint64_t ino, int fd, int backing_id, uint32_t open_flags):
-        """Answer OPEN of this inode for reading from now on. `fd` and the backing id stay open as long as a handle or the grant."""
+    def grant(self, uint64_t ino, int fd, int backing_id, uint32_t open_flags, bint served = False):
+        """Answer OPEN of this inode for reading from now on. `fd` and the backing id stay open as long as a handle or the
+        grant. `served`: as for set_handle()."""
         cdef Grant grant
-        grant.fd, grant.backing_id, grant.open_flags = fd, backing_id, open_flags
+        grant.fd, grant.backing_id, grant.open_flags, grant.served = fd, backing_id, open_flags, served
         check(grants_put(&self.known.grants, ino, &grant))
 
     def revoke(self, uint64_t ino):
@@ -361,7 +362,7 @@ cdef class Transport:
             return answer(&self.wire, head.unique, 0, &found, sizeof(found))
         if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
             return self.answer_open(head.unique, &made, sizeof(made), made.opened.fh)
-        if head.opcode == FUSE_OPEN and self.passthrough_agreed and open_file(&self.known, message, &opened):
+        if head.opcode == FUSE_OPEN and open_file(&self.known, message, &opened):
             return self.answer_open(head.unique, &opened, sizeof(opened), opened.fh)
         if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):
             return answer(&self.wire, head.unique, 0, NULL, 0)

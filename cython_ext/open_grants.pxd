@@ -23,6 +23,7 @@ ctypedef struct Grant:
     int fd
     int32_t backing_id
     uint32_t open_flags
+    bint served  # READ is answered with the descriptor, as handle_table.pxd says
 
 ctypedef struct GrantTable:
     pthread_mutex_t mutex
@@ -80,7 +81,7 @@ cdef inline uint64_t grants_open(
     grant = <Grant *><uintptr_t>map_get(&table.map, head.nodeid)
     if grant != NULL and table.next_fh:
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = table.next_fh, grant.fd, grant.backing_id, grant.open_flags
-        handle.served, handle.writable, handle.size_bytes, handle.busy = False, False, -1, 0
+        handle.served, handle.writable, handle.size_bytes, handle.busy = grant.served, False, -1, 0
         if not handles_put(handles, handle):
             handle = NULL  # it is the table's
             if events_put(events, FUSE_OPEN, table.next_fh, head.nodeid, head.unique, grant.backing_id):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE
 from cascadefs.live import Source
 from cascadefs.mount.attributes import getattr_answer
 from cascadefs.mount.handles import Handles
@@ -46,7 +47,7 @@ class Grants:
 
     def want(self, ino: int) -> None:
         """This inode shows an object in memory now; it may get a grant when there is time."""
-        if self.handles.passthrough and len(self._wanted) < LIMIT:
+        if len(self._wanted) < LIMIT:
             self._wanted[ino] = None
 
     def give_wanted(self) -> None:
@@ -67,8 +68,7 @@ class Grants:
         if source is None:
             return
         try:
-            self.handles.register(source)
-            self.transport.grant(ino, source.fd, source.backing_id, self.handles.open_flags)
+            self._tell(ino, source)
             self.transport.set_attributes(ino, getattr_answer(self.store.namespace.get(ino)))
         except BaseException:
             self.store.files.sources.release(source)
@@ -76,6 +76,15 @@ class Grants:
         self._sources[ino] = source
         if len(self._sources) > self._limit:
             self.end(next(iter(self._sources)))
+
+    def _tell(self, ino: int, source: Source) -> None:
+        """As handles.py announces a reader."""
+        flags = self.handles.open_flags
+        if self.handles.passthrough:
+            self.handles.register(source)
+            self.transport.grant(ino, source.fd, source.backing_id, flags)
+        else:
+            self.transport.grant(ino, source.fd, 0, flags | FOPEN_KEEP_CACHE, served=True)
 
     def _take_source(self, ino: int) -> Source | None:
         """The source that every handle of an inode shares, with one more user, if its opens may be answered without asking."""
@@ -111,8 +120,7 @@ class Grants:
             self._catch_up()
         except OSError:
             for ino in known:
-                source = self._sources[ino]
-                self.transport.grant(ino, source.fd, source.backing_id, self.handles.open_flags)
+                self._tell(ino, self._sources[ino])
             raise
         for ino in known:
             self._let_go(ino)
