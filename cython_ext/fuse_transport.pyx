@@ -1,11 +1,11 @@
 # The relay between /dev/fuse and pyfuse3, which believes that its end of a socket pair is the device.
 #
-# Owns: message buffers, the tables, the readers of the device. Borrows both
-# descriptors. Knows nothing of names, tiers or objects: Python tells it about handles by set_handle() and drop_handle().
-# A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE, LSEEK),
-# when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what is so
-# (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file in advance (CREATE),
-# or has granted the opening of an object (OPEN); else it is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# Owns: message buffers, the tables, the readers of the device. Borrows both descriptors. Knows nothing of names, tiers or objects:
+# Python tells it. A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE,
+# LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
+# is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
+# in advance (CREATE), or has granted the opening of an object (OPEN); else it is forwarded. Answers pass unchanged but for INIT
+# (what the kernel may do) and OPEN, CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
@@ -16,7 +16,7 @@
 
 from cython_ext.attribute_table cimport attributes_copy, attributes_drop, attributes_put
 from cython_ext.create_ring cimport SPARES_MAX, CreateRing, Spare, spares_put, spares_withdraw
-from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_put, events_take, keep_forgets
+from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
@@ -32,7 +32,7 @@ from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
-from cython_ext.wire cimport ANSWER_MAX, Wire, answer, refuse, send_answer, send_request, to_device
+from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_request, to_device
 from libc.errno cimport (
     EAGAIN, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOSYS, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -361,9 +361,9 @@ cdef class Transport:
         if head.opcode == FUSE_GETATTR and attributes_copy(&self.known.attributes, head.nodeid, &found):
             return answer(&self.wire, head.unique, 0, &found, sizeof(found))
         if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
-            return self.answer_open(head.unique, &made, sizeof(made), made.opened.fh)
+            return answer_open(&self.wire, &self.known.events, head.unique, &made, sizeof(made), made.opened.fh)
         if head.opcode == FUSE_OPEN and open_file(&self.known, message, &opened):
-            return self.answer_open(head.unique, &opened, sizeof(opened), opened.fh)
+            return answer_open(&self.wire, &self.known.events, head.unique, &opened, sizeof(opened), opened.fh)
         if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):
             return answer(&self.wire, head.unique, 0, NULL, 0)
         if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.known.events, message, size):
@@ -451,19 +451,6 @@ cdef class Transport:
 
     # --- answers: here or pyfuse3 -> kernel ----------------------------------------------------------------------
 
-    cdef int answer_open(self, uint64_t unique, const void *body, size_t body_size, uint64_t fh) noexcept nogil:
-        """As answer(). An open that the kernel no longer wants (interrupted) has no RELEASE: make one."""
-        cdef uint8_t message[ANSWER_MAX]
-        memcpy(message + REPLY_HEAD, body, body_size)
-        count(&self.wire.counters.served, 1)
-        if send_answer(&self.wire, message, REPLY_HEAD + body_size, unique, 0):
-            self.make_release(fh)
-        return 0
-
-    cdef void make_release(self, uint64_t fh) noexcept nogil:
-        if not events_put(&self.known.events, FUSE_RELEASE, fh, 0, 0, 0):
-            count(&self.wire.counters.lost_handles, 1)
-
     cdef int drain_replies(self, uint8_t *message) noexcept nogil:
         """0 when there is none left, ECONNRESET at the end, else an errno."""
         cdef ssize_t got
@@ -507,4 +494,4 @@ cdef class Transport:
             edit_open(&self.known.handles, opened)
         code = to_device(&self.wire, message, size)
         if code and opened != NULL:  # as in answer_open()
-            self.make_release(opened.fh)
+            make_release(&self.wire, &self.known.events, opened.fh)

@@ -3,6 +3,7 @@
 # Owns: counters. Borrows both descriptors. A .pxd of inline functions, compiled into fuse_transport. Knows no table. Invariant: no
 # lock is held while it waits.
 
+from cython_ext.event_queue cimport EventQueue, events_put
 from cython_ext.fuse_abi cimport *
 from cython_ext.message_io cimport Counters, MSG_NOSIGNAL, POLLOUT, REPLY_HEAD, await_ready, count, has_answer, send
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
@@ -70,4 +71,21 @@ cdef inline int answer(Wire *wire, uint64_t unique, int code, const void *body, 
 cdef inline int refuse(Wire *wire, const fuse_in_header *head, int code) noexcept nogil:
     if has_answer(head.opcode):
         answer(wire, head.unique, code, NULL, 0)
+    return 0
+
+
+cdef inline void make_release(Wire *wire, EventQueue *events, uint64_t fh) noexcept nogil:
+    """An open that the kernel no longer wants (interrupted) has no RELEASE: make one."""
+    if not events_put(events, FUSE_RELEASE, fh, 0, 0, 0):
+        count(&wire.counters.lost_handles, 1)
+
+
+cdef inline int answer_open(
+        Wire *wire, EventQueue *events, uint64_t unique, const void *body, size_t body_size, uint64_t fh) noexcept nogil:
+    """As answer(), to OPEN or CREATE."""
+    cdef uint8_t message[ANSWER_MAX]
+    memcpy(message + REPLY_HEAD, body, body_size)
+    count(&wire.counters.served, 1)
+    if send_answer(wire, message, REPLY_HEAD + body_size, unique, 0):
+        make_release(wire, events, fh)
     return 0
