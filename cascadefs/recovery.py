@@ -39,8 +39,11 @@ def enter_created(files: Files, created: Sequence[Created]) -> None:
     """Enter files that were made for the kernel just before everything died. What cannot be entered is told, and lost."""
     for one in created:
         files.namespace.keep_clear_of(one.ino)
-        if files.namespace.find(one.ino) is not None:
-            continue  # the crash came between the commit and the ring's hearing of it
+        if files.namespace.find(one.ino) is not None:  # the crash came between the commit and the ring's hearing of it
+            known = files.namespace.lookup(one.folder, one.name)
+            if known is None or known.ino != one.ino:  # or the index was rebuilt meanwhile
+                log.error("a file made just before a crash is lost: %r in folder %d, inode %d", one.name, one.folder, one.ino)
+            continue
         try:
             files.namespace.enter_created([one], [0])
         except OSError as e:

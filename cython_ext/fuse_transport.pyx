@@ -303,13 +303,14 @@ cdef class Transport:
         return self.passthrough_agreed
 
     def counts(self):
-        """Requests by opcode (those that came), bytes served here, and what became of the messages."""
+        """Requests by opcode (those that came), bytes served here, what became of the messages, handles known now."""
         cdef uint64_t *by_opcode = self.wire.counters.requests
         result = {OPCODE_NAMES[opcode]: by_opcode[opcode] for opcode in range(OPCODE_SLOTS) if by_opcode[opcode]}
         result.update(
             read_bytes=self.wire.counters.read_bytes, write_bytes=self.wire.counters.write_bytes, served=self.wire.counters.served,
             forwarded=self.wire.counters.forwarded, failed_replies=self.wire.counters.failed_replies,
-            malformed=self.wire.counters.malformed, lost_handles=self.wire.counters.lost_handles)
+            malformed=self.wire.counters.malformed, lost_handles=self.wire.counters.lost_handles,
+            known_handles=self.known.handles.map.used)
         return result
 
     # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------

@@ -68,9 +68,10 @@ class Grants:
         if source is None:
             return
         try:
-            self._tell(ino, source)
             self.transport.set_attributes(ino, getattr_answer(self.store.namespace.get(ino)))
+            self._tell(ino, source)  # the last step: from here on it may be in use
         except BaseException:
+            self.transport.drop_attributes(ino)
             self.store.files.sources.release(source)
             raise
         self._sources[ino] = source

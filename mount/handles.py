@@ -154,10 +154,10 @@ class Handles:
 
     def remove(self, fh: int) -> None:
         """RELEASE: the kernel will not use it again."""
+        self.transport.drop_handle(fh)  # also of one that was opened by a grant and closed before we heard of it
         opened = self._open.pop(fh, None)
         if opened is None:
             return
-        self.transport.drop_handle(fh)
         self.table.remove_handle(fh)
         if opened.fd >= 0:
             os.close(opened.fd)

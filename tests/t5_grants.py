@@ -113,6 +113,14 @@ def test_readers_of_settled_files_do_not_wake_python(mounted):
     assert found == data
 
 
+def test_handles_that_come_and_go_leave_nothing(mounted):
+    settled(mounted, {"f": b"a" * 8192})
+    for _ in range(2000):
+        os.close(os.open(mounted.path / "f", os.O_RDONLY))
+    with open(mounted.path / "f", "rb"):
+        until(lambda: (told := mounted.status())["requests"]["known_handles"] == told["spare_files"] + 1)
+
+
 def test_a_reader_by_a_grant_sees_the_writes_to_its_file(mounted):
     settled(mounted, {"f": b"a" * 8192})
     with open(mounted.path / "f", "rb", buffering=0) as reader, open(mounted.path / "f", "r+b", buffering=0) as writer:

@@ -168,9 +168,7 @@ def _small(batches: int, place: Place, kit: Kit) -> Figures:
 def measures(blocks: int, batches: int) -> list[Measure]:
     """Flush and cold read, then small blocks."""
     return [
-        Measure(
-            dict.fromkeys((flush_name(blocks), read_name(blocks), open_name(blocks)), io.RATE_GB), partial(_large, blocks)
-        ),
+        Measure(dict.fromkeys((flush_name(blocks), read_name(blocks), open_name(blocks)), io.RATE_GB), partial(_large, blocks)),
         Measure({SMALL_ROW: io.PER_S}, partial(_small, batches)),
     ]
 

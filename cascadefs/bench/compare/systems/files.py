@@ -19,6 +19,7 @@ from cascadefs.bench.compare.adapter import (
     register,
     sync_files,
 )
+from cascadefs.bench.compare.own_files import OnTmpfs
 from cascadefs.bench.targets import LeftOut
 
 NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -94,13 +95,8 @@ class FilePerBlock(StorageAdapter):
 
 
 @register
-class TmpfsFile(FilePerBlock):
-    name, title, durable, safety = "raw-tmpfs", "raw tmpfs file", "tmpfs", Safety.KERNEL
-
-    @classmethod
-    @contextmanager
-    def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
-        yield folder_service(room.memory / cls.name, has_medium=False)
+class TmpfsFile(OnTmpfs, FilePerBlock):
+    name, title = "raw-tmpfs", "raw tmpfs file"
 
 
 @register

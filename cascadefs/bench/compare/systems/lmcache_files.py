@@ -7,8 +7,7 @@ stage() copies into a memory object, as the engine's device would; get() returns
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ from cascadefs.bench.compare.adapter import (
     HEADS,
     LAYERS,
     Pair,
-    Room,
     Safety,
-    Service,
     Shape,
     StorageAdapter,
-    folder_service,
     not_importable,
     register,
     split,
     sync_files,
 )
+from cascadefs.bench.compare.own_files import OnTmpfs
 
 MODEL, WAIT_S, GIB = "meta-llama/Llama-3.1-70B-Instruct", 120, 1 << 30
 
@@ -66,13 +63,13 @@ class LmCache(StorageAdapter):
         self._touch_pool()
         self.connect()
 
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """What the way of storing adds to the configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def connect(self) -> None:
         """Make the backend."""
-        raise NotImplementedError
 
     def _allocator(self) -> Any:
         from lmcache.v1.config import LMCacheEngineConfig
@@ -137,9 +134,9 @@ class LmCache(StorageAdapter):
     def flush(self) -> None:
         sync_files(path for path in self.folder.rglob("*") if path.is_file())
 
+    @abstractmethod
     def disconnect(self) -> None:
         """Close the backend."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self.disconnect()
@@ -216,17 +213,6 @@ class LmCacheConnector(LmCache):
 
     def disconnect(self) -> None:
         self._run(self.connector.close())
-
-
-class OnTmpfs(LmCache):
-    """On a tmpfs instead of the disk."""
-
-    durable = "tmpfs"
-
-    @classmethod
-    @contextmanager
-    def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
-        yield folder_service(room.memory / cls.name, has_medium=False)
 
 
 @register

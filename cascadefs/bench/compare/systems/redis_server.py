@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,9 +61,9 @@ class Redis(StorageAdapter):
         import redis  # noqa: F401
 
     @classmethod
+    @abstractmethod
     def endpoint(cls, room: Room) -> tuple[str, list[str]]:
         """(URL for the client, options for the server)"""
-        raise NotImplementedError
 
     @classmethod
     @contextmanager

@@ -1,7 +1,5 @@
 """torch.save and torch.load: what swapping KV blocks to files comes to when one writes it down in PyTorch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +8,12 @@ from cascadefs.bench.compare.adapter import (
     HEADS,
     LAYERS,
     Pair,
-    Room,
     Safety,
-    Service,
     Shape,
-    StorageAdapter,
-    folder_service,
     not_importable,
     register,
-    sync_files,
 )
+from cascadefs.bench.compare.own_files import OnTmpfs, OwnFiles
 
 
 def _bytes(tensor: Any) -> memoryview:
@@ -27,7 +21,7 @@ def _bytes(tensor: Any) -> memoryview:
 
 
 @register
-class TorchSave(StorageAdapter):
+class TorchSave(OwnFiles):
     """A file for each block, on disk."""
 
     name, title = "torch-save", "torch.save, disk"
@@ -71,25 +65,9 @@ class TorchSave(StorageAdapter):
             return None
         return _bytes(found["key"]), _bytes(found["value"])
 
-    def contains(self, block_id: str) -> bool:
-        return self.path(block_id).exists()
-
-    def flush(self) -> None:
-        sync_files(self.mine)
-
-    def clear(self) -> None:
-        for path in self.mine:
-            path.unlink()
-        self.mine.clear()
-
 
 @register
-class TorchSaveTmpfs(TorchSave):
+class TorchSaveTmpfs(OnTmpfs, TorchSave):
     """A file for each block, on a tmpfs."""
 
-    name, title, durable = "torch-save-tmpfs", "torch.save, tmpfs", "tmpfs"
-
-    @classmethod
-    @contextmanager
-    def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
-        yield folder_service(room.memory / cls.name, has_medium=False)
+    name, title = "torch-save-tmpfs", "torch.save, tmpfs"

@@ -5,25 +5,19 @@ manager needs an engine's configuration; each rank is its own caller instead. A 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cascadefs.bench.compare import kv
 from cascadefs.bench.compare.adapter import (
     Pair,
-    Room,
     Safety,
-    Service,
     Shape,
-    StorageAdapter,
-    folder_service,
     not_importable,
     register,
     split,
-    sync_files,
 )
+from cascadefs.bench.compare.own_files import OnTmpfs, OwnFiles
 
 
 def _io() -> Any:
@@ -33,7 +27,7 @@ def _io() -> Any:
 
 
 @register
-class VllmFiles(StorageAdapter):
+class VllmFiles(OwnFiles):
     """O_DIRECT where the filesystem takes it, as the tier probes it."""
 
     name, title = "vllm-disk", "vLLM fs tier, disk"
@@ -87,24 +81,7 @@ class VllmFiles(StorageAdapter):
         self.free += self.lent
         self.lent.clear()
 
-    def contains(self, block_id: str) -> bool:
-        return self.path(block_id).exists()
-
-    def flush(self) -> None:
-        sync_files(self.mine)
-
-    def clear(self) -> None:
-        for path in self.mine:
-            path.unlink()
-        self.mine.clear()
-
 
 @register
-class VllmFilesTmpfs(VllmFiles):
+class VllmFilesTmpfs(OnTmpfs, VllmFiles):
     name, title = "vllm-tmpfs", "vLLM fs tier, tmpfs"
-    durable, safety = "tmpfs", Safety.KERNEL
-
-    @classmethod
-    @contextmanager
-    def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
-        yield folder_service(room.memory / cls.name, has_medium=False)
