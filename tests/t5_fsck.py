@@ -64,6 +64,15 @@ async def test_a_store_in_use_is_refused_and_a_sound_one_is_clean(settings):
     assert {p: p.read_bytes() for p in settings.store.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.timeout(60)
+async def test_a_store_with_many_files_is_judged_in_linear_time(settings):
+    async with opened(settings) as store:
+        for i in range(1500):
+            await store.put(f"f{i}", b"%d" % i * 50)
+        await store.flush()
+    assert checked(settings).exit_code == fsck.CLEAN
+
+
 def record_fields(at, length):
     """Byte ranges of the fields of a record that starts at `at`."""
     names = ("magic", "version", "fingerprint", "length", "offset", "zeros", "sum")
