@@ -19,7 +19,7 @@ from cascadefs import media, scan
 from cascadefs.config import NAME_MAX
 from cascadefs.database import Database, claim, read_identity
 from cascadefs.errors import StoreError
-from cascadefs.index import digest_of
+from cascadefs.index import digest_of, recount_objects
 from cascadefs.manifest import Listed, Manifest, Told, decode
 from cascadefs.namespace import ROOT
 from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
@@ -359,10 +359,7 @@ class Rebuilder:
             db.executemany("INSERT INTO xattrs VALUES(?,?,?)", [(ino, name, value) for name, value in told.xattrs])
         rows = [(parent, at, name, ino) for at, ((parent, name), ino) in enumerate(tree.entries.items(), 1)]
         db.executemany("INSERT INTO entries VALUES(?,?,?,?)", rows)
-        db.execute(
-            "UPDATE objects SET refs=(SELECT count(*) FROM inodes WHERE oid=objects.oid)"
-            "+(SELECT count(*) FROM inodes WHERE durable_oid=objects.oid)"
-        )
+        recount_objects(db)
 
     def _exchange(self) -> str:
         """The new index takes the place of the old one. index.db comes last: until then the store says that it has none."""

@@ -20,7 +20,7 @@ from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.fsck.extents import HEAD, PAGE, frame, header_page, record_size
 from cascadefs.fsck.report import Finding, Places
-from cascadefs.index import Index
+from cascadefs.index import Index, recount_objects
 from cascadefs.namespace import ROOT
 from cascadefs.tiers.cold import ColdTier, Piece
 from cascadefs.types import Location
@@ -145,10 +145,7 @@ class Repairer:
         """Every count from what is there; what nothing refers to goes."""
         db = self.database.connection
         with self.database.transaction():
-            db.execute(
-                "UPDATE objects SET refs=(SELECT count(*) FROM inodes WHERE oid=objects.oid)"
-                "+(SELECT count(*) FROM inodes WHERE durable_oid=objects.oid)"
-            )
+            recount_objects(db)
             db.execute("DELETE FROM objects WHERE refs=0")
             db.execute("DELETE FROM object_blocks WHERE oid NOT IN (SELECT oid FROM objects)")
             db.execute("UPDATE blocks SET refs=(SELECT count(*) FROM object_blocks o WHERE o.bid=blocks.bid)")
