@@ -9,6 +9,7 @@ Owns: the order of coming up and going down, the log, the report to whoever star
 """
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 4096
 ANSWER_S = 20
 CATCH_UP_S, HURRY_S = 0.01, 0.001
+M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
 PASSTHROUGH_SINCE = (6, 9)
 DIRECT_WRITES_SINCE = (6, 6)  # from here on a direct write drops the pages that readers of the file have cached
 GC_THRESHOLD = 50_000  # requests leave no cycles behind; the default of 700 looks for them at every third request
@@ -212,6 +214,13 @@ def raise_limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def share_arenas() -> None:
+    """glibc gives each thread a heap of its own and keeps what it once held: with buffers of MiBs in a dozen threads that come
+    and go, 100 to 150 MiB more in a minute. Before the first thread. Other C libraries have no such heaps."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+
+
 def start_log(wanted: Mounting) -> None:
     """Log to the store's file, or to stderr."""
     settings = wanted.configuration.settings
@@ -233,6 +242,7 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
             os.write(report, f"{text}\n".encode())
             os.close(report)
 
+    share_arenas()
     gc.disable()  # opening a store makes a hundred thousand things that stay: looking through them takes a tenth of a second
     try:
         if plan := os.environ.get("CASCADEFS_CRASH_PLAN"):
