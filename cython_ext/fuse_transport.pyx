@@ -15,6 +15,7 @@
 # (6) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
 from cython_ext.attribute_table cimport attributes_copy, attributes_drop, attributes_put
+from cython_ext.caller_core cimport CallerCore, follow_caller, follow_init
 from cython_ext.create_ring cimport SPARES_MAX, CreateRing, Spare, spares_put, spares_withdraw
 from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
@@ -318,12 +319,16 @@ cdef class Transport:
     cdef int request_loop(self, ReaderThread *reader, uint8_t *data) noexcept nogil:
         """0 at the end of the mount or after stop(), else an errno."""
         cdef uint8_t *message = data - WRITE_HEAD
+        cdef CallerCore follow
         cdef ssize_t got
         cdef int code = 0
+        follow_init(&follow)
         while not code and reader_may_read(&self.readers, reader):
             got = read(self.wire.device_fd, message, self.message_max)
             reader_works(reader)
             if got > 0:
+                if self.passthrough_agreed:  # else answers are whole contents, and there are more readers
+                    follow_caller(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got)
             elif got == 0 or errno == ENODEV:
                 break
