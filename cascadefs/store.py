@@ -16,16 +16,16 @@ import trio
 
 from cascadefs import media
 from cascadefs.config import Settings
-from cascadefs.creates import Creates
 from cascadefs.database import Database
 from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.mover import Mover
+from cascadefs.name_ring import NameRing
 from cascadefs.namespace import ROOT
 from cascadefs.policies.lru import Lru
-from cascadefs.recovery import enter_created, recover
+from cascadefs.recovery import enter_pending, recover
 from cascadefs.residency import Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
@@ -73,11 +73,11 @@ class Store:
         media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
         self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
         self.files = Files(settings, self.database, self.residency, first_ino)
-        self.creates = Creates(memory.folder)
-        self.created = self.creates.pending(self.creates.put)  # just before everything, or an earlier worker of a mount, died
-        self.database.reserve.lend(partial(enter_created, self.files, self.created))
+        self.ring = NameRing(memory.folder)
+        self.pending = self.ring.pending(self.ring.put)  # just before everything, or an earlier worker of a mount, died
+        self.database.reserve.lend(partial(enter_pending, self.files, self.ring, self.pending))
         if not keep_orphans:  # else the mount settles them, when it knows their handles
-            self.creates.settle(self.creates.put)
+            self.ring.settle(self.ring.put)
         self.recovered = self.database.reserve.lend(partial(recover, self.files, keep_orphans))
         self.database.reserve.fill()
 
@@ -94,7 +94,7 @@ class Store:
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
         self.mover.journal.close()
-        self.creates.close()
+        self.ring.close()
         self.database.close()
 
     def release_memory(self) -> None:

@@ -72,7 +72,7 @@ class Daemon:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
             self.device = kept or device.mount(wanted.mountpoint, wanted.options)
-            self.session = Session(self.device, settings.passthrough, table, self.store.creates.memory)
+            self.session = Session(self.device, settings.passthrough, table, self.store.ring.memory)
         except BaseException as e:
             if not self.store.residency.memory.objects:
                 self.store.release_memory()
@@ -173,7 +173,7 @@ class Daemon:
             hurry = False
             try:
                 self.operations.answered.catch_up()
-                hurry = self.operations.answered.spares.refill()
+                hurry = self.operations.answered.offer()
                 self.operations.answered.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")
@@ -187,7 +187,7 @@ class Daemon:
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
         self.operations.answered.catch_up()
-        self.operations.answered.spares.withdraw(connected=False)
+        self.operations.answered.withdraw(connected=False)
         self.store.files.sources.closing = lambda source: None
         with contextlib.suppress(OSError):
             self.operations.answered.grants.end_all()
