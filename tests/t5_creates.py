@@ -3,14 +3,12 @@
 import errno
 import os
 import struct
-import subprocess
 import time
 
 import pytest
 from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
 
 from cascadefs import name_ring
-from cascadefs.config import Settings
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, NAME_RING_BYTES, SPARES_AT_MOST
 from cascadefs.name_ring import NameRing
 from cascadefs.store import Store
@@ -172,14 +170,6 @@ def test_a_ring_that_makes_no_sense_is_begun_anew(tmp_path):
 
 
 # --- after a crash
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    yield Settings(store=tmp_path / "store", shm_size=64 << 20, shm_dir=tmp_path / "shm")
-    for folder in (tmp_path / "shm").iterdir():
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 def crash_with(settings, *names):

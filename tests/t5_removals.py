@@ -2,14 +2,12 @@
 
 import os
 import struct
-import subprocess
 import time
 
 import pytest
 from t5_creates import ATTRIBUTES, FOLDER, GETATTR, RESENT, Maker
 
 from cascadefs import name_ring
-from cascadefs.config import Settings
 from cascadefs.name_ring import Created, NameRing, Removed
 from cascadefs.store import Store
 
@@ -112,14 +110,6 @@ def test_what_is_known_of_files_waits_until_removals_are_entered(remover):
 
 
 # --- after a crash
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    yield Settings(store=tmp_path / "store", shm_size=64 << 20, shm_dir=tmp_path / "shm")
-    for folder in (tmp_path / "shm").iterdir():
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 async def crash_after(settings, act):
