@@ -15,7 +15,6 @@
 # (6) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
 from cython_ext.attribute_table cimport attributes_drop, attributes_put
-from cython_ext.caller_core cimport CallerCore, follow_caller, follow_init
 from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
@@ -32,6 +31,7 @@ from cython_ext.own_answers cimport (
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
+from cython_ext.reader_scheduling cimport CallerCore, follow_caller
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_request, to_device
@@ -327,12 +327,12 @@ cdef class Transport:
         cdef CallerCore follow
         cdef ssize_t got
         cdef int code = 0
-        follow_init(&follow)
+        memset(&follow, 0, sizeof(follow))
         while not code and reader_may_read(&self.readers, reader):
             got = read(self.wire.device_fd, message, self.message_max)
             reader_works(reader)
             if got > 0:
-                if self.passthrough_agreed:  # else answers are whole contents, and there are more readers
+                if self.passthrough_agreed:  # else it moves whole contents, and is one of several
                     follow_caller(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got)
             elif got == 0 or errno == ENODEV:

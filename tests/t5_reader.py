@@ -1,4 +1,4 @@
-"""Where the reader of the device runs: on the core of the program that it answers."""
+"""How the reader of the device is scheduled: on the core of the program that it answers, before others."""
 
 import itertools
 import os
@@ -49,5 +49,18 @@ def test_a_caller_that_cannot_be_looked_at_is_answered(tmp_path):
         for thread in (0, 2**31 - 1):
             maker.kernel.send(struct.pack("<IIQQIIIHH", 56, GETATTR, 8, FOLDER, 0, 0, thread, 0, 0) + bytes(16))
             assert maker.answered()[0] == 0
+    finally:
+        maker.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="real-time priority needs root")
+def test_the_reader_goes_before_others_and_its_children_do_not(tmp_path):
+    maker = Maker(tmp_path)
+    try:
+        reader = maker.threads[0].native_id
+        maker.ask(GETATTR, bytes(16))
+        maker.answered()
+        assert os.sched_getscheduler(reader) == os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        assert os.sched_getscheduler(maker.threads[1].native_id) == os.SCHED_OTHER
     finally:
         maker.close()
