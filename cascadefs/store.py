@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -142,6 +143,24 @@ class Store:
         finally:
             self.files.release(handle)
 
+    async def get_into(self, path: str, *buffers: memoryview) -> int:
+        """Fill writable buffers of bytes, one behind the other, from the beginning of a file; how many bytes there were. They
+        may be used again when this returns: also after an error, which leaves them half filled."""
+        inode = self.files.attributes(self.find(path).ino)
+        handle = await self.files.open(inode.ino, writable=False)
+        try:
+            if handle.source is not None:
+                return await trio.to_thread.run_sync(_read_each, handle.source.fd, buffers)
+            done = 0
+            for buffer in buffers:
+                for at in range(0, len(buffer), self.index.block_bytes):
+                    part = await self.streams.read(inode.ino, done, min(self.index.block_bytes, len(buffer) - at))
+                    buffer[at : at + len(part)] = part
+                    done += len(part)
+            return done
+        finally:
+            self.files.release(handle)
+
     # --- what is known of one file
 
     def _paths_of_block(self, bid: int) -> list[str]:
@@ -185,6 +204,16 @@ class Store:
             "extents": sorted({block.location.extent for block in blocks if block.location}),
             "references": len(self.index.inodes_of(found.oid)) if found else 0,
         }
+
+
+def _read_each(fd: int, buffers: Sequence[memoryview]) -> int:
+    done = 0
+    for buffer in buffers:
+        got = media.read_fully(fd, buffer, done)
+        done += got
+        if got < len(buffer):
+            break
+    return done
 
 
 def _write(path: str, data: bytes) -> None:
