@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from cascadefs import media
+from cascadefs.bulk import Bulk
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
@@ -39,6 +40,7 @@ class Files:
     def __init__(self, settings: Settings, database: Database, residency: Residency, first_ino: int = 0) -> None:
         self.settings, self.database, self.residency = settings, database, residency
         self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
+        self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten

@@ -26,7 +26,7 @@ from cascadefs.files import Files
 from cascadefs.journal import Journal, Taken
 from cascadefs.manifest import encode
 from cascadefs.record import record_bytes
-from cascadefs.sealing import Sealer
+from cascadefs.sealing import Outcome, Sealer
 from cascadefs.tiers.cold import Piece
 from cascadefs.types import Location, Object
 
@@ -45,6 +45,7 @@ class Mover:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
         self.health = files.database.health
+        self.bulk = files.bulk
         self.journal = Journal(files.database, files.index)
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
@@ -184,8 +185,9 @@ class Mover:
     def _pieces(self, objects: Sequence[Object], fds: list[int]) -> list[Piece]:
         """Blocks that have no place yet, each once, in the copies of the objects; `fds` gets the descriptors to close."""
         pieces, seen = list[Piece](), set[int]()
+        blocks_of = self.bulk.blocks_of([found.oid for found in objects])
         for found in objects:
-            blocks = self.index.blocks(found.oid)
+            blocks = blocks_of[found.oid]
             if all(block.location is not None or block.bid in seen for block in blocks):
                 continue
             tier = self.residency.holder(found.digest)
@@ -215,7 +217,7 @@ class Mover:
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, part, tail))
                 point("appended")
                 with self.files.database.transaction():
-                    self.files.dead += self.index.place(placed, number, end)
+                    self.files.dead += self.bulk.place(placed, number, end)
                     if tail is not None:
                         at = Location(number, end - record_bytes(len(tail)), len(tail))
                         fingerprint = hashing.fingerprint(tail, self.files.database.identity.secret)
@@ -242,7 +244,7 @@ class Mover:
             finally:
                 os.close(piece.fd)
             if self.index.block(bid) == block:
-                self.files.dead += self.index.relocate(bid, placed[0][1], end)
+                self.files.dead += self.bulk.relocate(bid, placed[0][1], end)
             await self._give_back()
             self.residency.healer.is_healed(block)
         return True
@@ -261,7 +263,7 @@ class Mover:
         if found is None:
             number = self.index.next_extent()
             size = await trio.to_thread.run_sync(self.cold.create, number)
-            self.index.place((), number, size)
+            self.bulk.place((), number, size)
             return number, size
         return found
 
@@ -290,27 +292,23 @@ class Mover:
 
     async def _commit(self, objects: Sequence[Object]) -> None:
         """Objects whose blocks all have a place are durable; after the sync their copies are clean."""
-        ready = []
         with self.files.database.transaction():
-            for found in objects:
-                now = self.index.find_oid(found.oid)
-                if now is None:
-                    continue
-                if all(block.location is not None for block in self.index.blocks(found.oid)):
-                    self.files.dead += self.index.mark_durable(found.oid)
-                    self._put_off_until.pop(found.oid, None)
-                    ready.append(found.digest)
-                elif self.residency.holder(found.digest) is None:
-                    log.error("object %s is dirty and has no copy", found.digest.hex())
-                    self.unflushable.add(found.oid)
+            whole = self.bulk.placed_whole([found.oid for found in objects])
+            self.files.dead += self.bulk.mark_durable(sorted(whole))
+        for found in objects:
+            if found.oid in whole:
+                self._put_off_until.pop(found.oid, None)
+                self._placed[found.digest] = None
+            elif self.index.find_oid(found.oid) and self.residency.holder(found.digest) is None:
+                log.error("object %s is dirty and has no copy", found.digest.hex())
+                self.unflushable.add(found.oid)
         point("durable")
-        self._placed |= dict.fromkeys(ready)
         if not self._placed:
             return
         await self.sync_index()
         synced, self._placed = list(self._placed), {}
-        for digest in synced:
-            if (durable := self.index.find(digest)) is not None and durable.durable:
+        for digest, is_durable in self.index.states(synced).items():
+            if is_durable:
                 self.residency.mark_clean(digest)
         self.residency.tidy(synced)
 
@@ -380,17 +378,17 @@ class Mover:
 
     async def _seal_all(self) -> list[int]:
         """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
-        busy, sealed_bytes = list[int](), 0
+        outcome, done_bytes = Outcome(), 0
         try:
-            for ino in self.index.staged_inodes():
-                if not await self.sealer.seal(ino):
-                    busy.append(ino)
-                elif (inode := self.files.namespace.find(ino)) is not None:
-                    sealed_bytes += inode.size
-                    self._is_hurried = sealed_bytes >= HURRY_BYTES
+            for batch in self.sealer.batches(self.index.staged_inodes()):
+                await self.sealer.seal_batch(batch, outcome)
+                done_bytes += sum(inode.size for inode in self.files.namespace.find_all(batch).values() if not inode.home)
+                self._is_hurried = done_bytes >= HURRY_BYTES
         finally:
             self._is_hurried = False
-        return busy
+        if outcome.error is not None:
+            raise outcome.error
+        return list(outcome.busy)
 
     def _has_dirty(self, last: int) -> bool:
         left = self.unflushable | self._put_off_until.keys()

@@ -141,17 +141,16 @@ class Residency:
             if digest in tier.objects:
                 self.drop(tier, digest)
 
-    def tidy(self, digests: Sequence[bytes] | None = None) -> None:
+    def tidy(self, digests: Sequence[bytes]) -> None:
         """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
+        known = self.index.states(digests)
         for tier in (self.memory, self.parking):
-            for digest in list(tier.objects) if digests is None else digests:
+            for digest in digests:
                 if digest not in tier.objects:
                     continue
                 if self.sources.find(("object", digest)) is not None:
                     self._opened_before.add(digest)
-                    continue
-                found = self.index.find(digest)
-                if found is None or (found.durable and tier is self.parking):
+                elif digest not in known or (known[digest] and tier is self.parking):
                     self.drop(tier, digest)
 
     # --- cold -> memory
