@@ -7,7 +7,7 @@ touches bytes. Invariants:
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -39,6 +39,19 @@ class Shown:
     mtime_ns: int
     ctime_ns: int
     blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a staged inode held, and where blocks of it were written: all that had no place."""
+
+    ino: int
+    content: NewObject
+    places: Mapping[Print, Location]
+
+
+class Unplaced(Exception):
+    """A block has no place, or has lost it since somebody asked."""
 
 
 class Bulk:
@@ -94,8 +107,14 @@ class Bulk:
                 f"SELECT bid, fingerprint, length, extent IS NOT NULL FROM blocks WHERE fingerprint IN ({marks(part)})", part
             )
             for bid, fingerprint, length, placed in rows:
-                found.setdefault((fingerprint, length), (bid, bool(placed)))
+                if placed or (fingerprint, length) not in found:
+                    found[fingerprint, length] = bid, bool(placed)
         return found
+
+    def lacking(self, prints: Sequence[Print]) -> set[Print]:
+        """Those of which no block has a place in the cold tier."""
+        known = self._known_blocks(prints)
+        return {one for one in prints if not known.get(one, (0, False))[1]}
 
     # --- sealing
 
@@ -103,7 +122,7 @@ class Bulk:
         """Each inode, staged so far, shows its new object. Returns the records that died."""
         dead = list[Location]()
         with self._database.transaction():
-            oids = self._add([one.content for one in shown if one.content.size_bytes])
+            oids = self._add([one.content for one in shown if one.content.size_bytes], 1)
             rows = []
             for one in shown:
                 size = one.content.size_bytes
@@ -117,8 +136,8 @@ class Bulk:
                     dead += self._index.set_fallback(one.ino, oid)
         return dead
 
-    def _add(self, contents: Sequence[NewObject]) -> dict[bytes, tuple[int, bool]]:
-        """New objects with one reference each: digest -> (number, whether every block has its place already)."""
+    def _add(self, contents: Sequence[NewObject], refs: int) -> dict[bytes, tuple[int, bool]]:
+        """New objects with so many references each: digest -> (number, whether every block has its place already)."""
         known = self._known_blocks(one for content in contents if content.shares for one in content.prints)
         oid, bid = self._last("objects"), self._last("blocks")
         result: dict[bytes, tuple[int, bool]] = {}
@@ -134,7 +153,7 @@ class Bulk:
                     fresh.append((bid, one))
                 members.append((oid, seq, own[one][0]))
                 durable = durable and own[one][1]
-            objects.append((oid, content.digest, content.size_bytes, durable))
+            objects.append((oid, content.digest, content.size_bytes, refs, durable))
             result[content.digest] = oid, durable
         self._insert(objects, fresh, members)
         return result
@@ -147,7 +166,7 @@ class Bulk:
     ) -> None:
         uses, new = Counter(bid for _, _, bid in members), {bid for bid, _ in fresh}
         self._database.unlisted.update(row[0] for row in objects if isinstance(row[0], int))
-        self._db.executemany("INSERT INTO objects(oid, digest, size, refs, durable) VALUES(?,?,?,1,?)", objects)
+        self._db.executemany("INSERT INTO objects(oid, digest, size, refs, durable) VALUES(?,?,?,?,?)", objects)
         self._db.executemany(
             "INSERT INTO blocks(bid, fingerprint, length, refs) VALUES(?,?,?,?)", [(b, f, n, uses[b]) for b, (f, n) in fresh]
         )
@@ -182,6 +201,36 @@ class Bulk:
             self._db.executemany("UPDATE blocks SET extent=?, offset=? WHERE bid=?", rows)
             self._db.execute("UPDATE extents SET live=live+? WHERE number=?", (live, extent))
         return dead
+
+    def keep(self, captured: Sequence[Captured], extent: int, extent_size: int) -> list[Location]:
+        """What staged inodes held becomes what they fall back to; it was written and synced. Returns the records that died.
+        Unplaced, and nothing has changed, when the cold tier does not hold all of it."""
+        with self._database.transaction():
+            oids = self._objects_of([one.content for one in captured if one.content.size_bytes])
+            blocks, placed = self.blocks_of(list(oids.values())), dict[int, Location]()
+            for one in captured:
+                for block in blocks.get(oids.get(one.content.digest, EMPTY_OID), ()):
+                    if block.location is None and block.bid not in placed:
+                        if (at := one.places.get((block.fingerprint, block.length))) is None:
+                            raise Unplaced
+                        placed[block.bid] = at
+            dead = self.place(list(placed.items()), extent, extent_size)
+            dead += self.mark_durable(list(oids.values()))
+            for one in captured:
+                dead += self._index.set_fallback(one.ino, oids.get(one.content.digest, EMPTY_OID))
+        return dead
+
+    def _objects_of(self, contents: Sequence[NewObject]) -> dict[bytes, int]:
+        """Digest -> number; objects that are missing are made, without a reference."""
+        unique = {content.digest: content for content in contents}
+        known = self.known(list(unique))
+        self._add([content for digest, content in unique.items() if digest not in known], 0)
+        return {digest: found.oid for digest in unique if (found := self._index.find(digest)) is not None}
+
+    def in_use(self, places: Iterable[Location]) -> set[Location]:
+        """Those of some places at which a block lies."""
+        query = "SELECT 1 FROM blocks WHERE extent=? AND offset=?"
+        return {at for at in places if self._db.execute(query, (at.extent, at.offset)).fetchone()}
 
     def _unplaced(self, bids: Sequence[int]) -> set[int]:
         found = set[int]()

@@ -19,12 +19,13 @@ import trio
 from cascadefs.bulk import Bulk, marks
 from cascadefs.database import Database
 from cascadefs.index import Index
-from cascadefs.manifest import Listed, Manifest, Told
+from cascadefs.manifest import Listed, Manifest, Told, encode
 from cascadefs.types import EMPTY_OID, Location, Object
 
 PAGE = 256  # inodes read between two turns of the scheduler: about a millisecond
 # A snapshot costs as much as it is long: it is written when the manifests since the last one have come to twice that.
 SNAPSHOT_AT, GROWTH = 256 << 10, 2
+INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 SNAPSHOT, CLEAN = 1, 2  # bits of manifests.snapshot; CLEAN: nothing changed afterwards, the store was closed
 
 _ROWS = (
@@ -183,6 +184,11 @@ def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes,
         return None
     shown = None if empty else content
     return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs)
+
+
+async def encoded(manifest: Manifest) -> bytes:
+    """The document; a long one is written down in a thread."""
+    return encode(manifest) if len(manifest.inodes) <= INLINE_INODES else await trio.to_thread.run_sync(encode, manifest)
 
 
 def _pages(numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -22,9 +22,10 @@ from cascadefs import scheduler
 from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
 from cascadefs.ext import hashing
+from cascadefs.extent import OpenExtent
 from cascadefs.files import Files
-from cascadefs.journal import Journal, Taken
-from cascadefs.manifest import encode
+from cascadefs.fsyncs import Fsyncs
+from cascadefs.journal import Journal, Taken, encoded
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Outcome, Sealer
 from cascadefs.tiers.cold import Piece
@@ -35,7 +36,6 @@ IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announ
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
-INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
 class Mover:
@@ -52,8 +52,10 @@ class Mover:
         self._last_round = 0.0
         self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
-        self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
-        self._lock = trio.Lock()
+        self.extent = OpenExtent(files)
+        self.fsyncs = Fsyncs(files, sealer, self.journal, self.extent, self.sync_index)
+        self._sync_lock = trio.Lock()
+        self._synced = -1  # rows that had changed in this process when the index was synced the last time
         self._event = trio.Event()
         files.wake = self._wake
 
@@ -133,7 +135,7 @@ class Mover:
 
     async def flush_batch(self, first: Sequence[int]) -> int:
         """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
-        async with self._lock:
+        async with self.extent.lock:
             chosen = self._choose(first)
             fds = list[int]()
             try:
@@ -208,11 +210,10 @@ class Mover:
     async def _append(self, pieces: Sequence[Piece], taken: Taken) -> None:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
-            small = len(taken.manifest.inodes) <= INLINE_INODES
-            manifest = encode(taken.manifest) if small else await trio.to_thread.run_sync(encode, taken.manifest)
+            manifest = await encoded(taken.manifest)
             parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
             for part in parts:
-                number, position = await self._open_extent()
+                number, position = await self.extent.tail()
                 tail = manifest if part is parts[-1] else None
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, part, tail))
                 point("appended")
@@ -223,15 +224,14 @@ class Mover:
                         fingerprint = hashing.fingerprint(tail, self.files.database.identity.secret)
                         self.files.dead += self.journal.written(taken, at, fingerprint)
                 point("placed")
-                if end >= self.files.settings.extent_size:
-                    await self._seal_extent(number, end)
+                await self.extent.seal_if_full(number, end)
         except BaseException:
             self.journal.not_written(taken)
             raise
 
     async def heal(self, bid: int) -> bool:
         """Write a good copy of a block whose record is damaged to the open extent. False: there is none, or it is no more."""
-        async with self._lock:
+        async with self.extent.lock:
             block = self.index.block(bid)
             if block is None or block.location is None:
                 return False
@@ -239,7 +239,7 @@ class Mover:
             if piece is None:
                 return False
             try:
-                number, position = await self._open_extent()
+                number, position = await self.extent.tail()
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, [piece]))
             finally:
                 os.close(piece.fd)
@@ -251,27 +251,12 @@ class Mover:
 
     async def tell(self) -> None:
         """Write what the extents do not tell yet of names and attributes; everything, when it is time for a snapshot."""
-        async with self._lock:
+        async with self.extent.lock:
             if self.journal.wants_snapshot():
                 await self._append((), await self.journal.everything())
             elif self.journal.has_news():
                 await self._append((), await self.journal.changes(()))
             await self._give_back()
-
-    async def _open_extent(self) -> tuple[int, int]:
-        found = self.index.open_extent()
-        if found is None:
-            number = self.index.next_extent()
-            size = await trio.to_thread.run_sync(self.cold.create, number)
-            self.bulk.place((), number, size)
-            return number, size
-        return found
-
-    async def _seal_extent(self, number: int, end: int) -> None:
-        records = self.index.extent_records(number)
-        size = await trio.to_thread.run_sync(partial(self.cold.seal, number, end, records))
-        point("extent sealed")
-        self.index.seal_extent(number, size)
 
     async def _set_aside(self, objects: Sequence[Object], why: CorruptRecord) -> None:
         """Some copy did not match its fingerprint. One that was opened for writing meanwhile is no object any more;
@@ -298,24 +283,32 @@ class Mover:
         for found in objects:
             if found.oid in whole:
                 self._put_off_until.pop(found.oid, None)
-                self._placed[found.digest] = None
+                self.extent.placed[found.digest] = None
             elif self.index.find_oid(found.oid) and self.residency.holder(found.digest) is None:
                 log.error("object %s is dirty and has no copy", found.digest.hex())
                 self.unflushable.add(found.oid)
         point("durable")
-        if not self._placed:
+        if not self.extent.placed:
             return
         await self.sync_index()
-        synced, self._placed = list(self._placed), {}
+        synced, self.extent.placed = list(self.extent.placed), {}
         for digest, is_durable in self.index.states(synced).items():
             if is_durable:
                 self.residency.mark_clean(digest)
         self.residency.tidy(synced)
 
     async def sync_index(self) -> None:
-        """Every transaction so far survives a loss of power afterwards."""
-        self.files.database.renew()
-        await trio.to_thread.run_sync(self.files.database.sync)
+        """Every transaction so far survives a loss of power afterwards. Whoever comes while a sync is under way shares the next
+        one; when nothing has changed since the last there is nothing to do."""
+        database = self.files.database
+        asked = database.connection.total_changes
+        async with self._sync_lock:
+            if self._synced >= asked:
+                return
+            database.renew()
+            changes = database.connection.total_changes
+            await trio.to_thread.run_sync(database.sync)
+            self._synced = changes
 
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
@@ -346,20 +339,29 @@ class Mover:
 
     async def fsync(self, ino: int) -> None:
         """Data and name of one file are durable afterwards."""
-        inode = self.files.namespace.get(ino)
-        if inode.home and inode.nlink and not await self.sealer.seal(ino):
-            holder = await self.sealer.snapshot(ino)
-            if holder is not None:
-                held = self.files.namespace.get(holder)
-                try:
-                    if held.oid is not None:
-                        await self.make_durable(held.oid)
-                    self.sealer.settle(ino, holder)
-                finally:
-                    self.files.forget_if_gone(holder)
-        elif (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
-            await self.make_durable(now.oid)
+        while (inode := self.files.namespace.get(ino)).home and inode.nlink and not await self.sealer.seal(ino):
+            if self.files.attributes(ino).size > self.files.settings.batch_size:
+                await self._fsync_copy(ino)
+                break
+            if await self.fsyncs.make_durable(ino):
+                return
+        else:
+            if (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
+                await self.make_durable(now.oid)
         await self.sync_index()
+
+    async def _fsync_copy(self, ino: int) -> None:
+        """Of a large file that has writers: it would be too long for one append."""
+        holder = await self.sealer.snapshot(ino)
+        if holder is None:
+            return
+        held = self.files.namespace.get(holder)
+        try:
+            if held.oid is not None:
+                await self.make_durable(held.oid)
+            self.sealer.settle(ino, holder)
+        finally:
+            self.files.forget_if_gone(holder)
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""

@@ -153,7 +153,7 @@ class Sealer:
             elif live.writers:
                 outcome.busy.add(live.ino)
             else:
-                yield Staged(live, self.residency.tier_of(inode.home), self._domain(inode))
+                yield Staged(live, self.residency.tier_of(inode.home), self.domain(inode))
 
     async def _examine(self, batch: Sequence[Staged]) -> None:
         if len(batch) == 1 and batch[0].tier is self.residency.memory and self._is_small(batch[0]):
@@ -265,7 +265,7 @@ class Sealer:
     async def _seal_twin(self, one: Staged, outcome: Outcome) -> None:
         """An object of these fingerprints exists, or comes before it in the batch."""
         try:
-            content = await self._content(one.fd, one.size_bytes, one.prints, one.domain)
+            content = await self.content(one.fd, one.size_bytes, one.prints, one.domain)
             if one.live.source is not None and self.residency.holder(content.digest) is not None:
                 outcome.busy.add(one.ino)  # as in _adopted()
                 return
@@ -275,11 +275,11 @@ class Sealer:
         else:
             outcome.sealed.add(one.ino)
 
-    def _domain(self, inode: Inode) -> int:
+    def domain(self, inode: Inode) -> int:
         """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
         return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
 
-    async def _content(self, fd: int, size_bytes: int, prints: list[Print], domain: int) -> Content:
+    async def content(self, fd: int, size_bytes: int, prints: list[Print], domain: int) -> Content:
         """The object of the same bytes, confirmed by comparing where a copy is at hand."""
         for salt in range(domain << DOMAIN_BITS, (domain << DOMAIN_BITS) + SALTS):
             digest = digest_of(size_bytes, (fingerprint for fingerprint, _ in prints), salt)
@@ -363,7 +363,7 @@ class Sealer:
                 try:
                     size = os.fstat(fd).st_size
                     prints = await trio.to_thread.run_sync(self.examiner.fingerprints, fd, size)
-                    content = await self._content(fd, size, prints, self._domain(inode))
+                    content = await self.content(fd, size, prints, self.domain(inode))
                     self._show_object(live, tier, fd, content)
                 finally:
                     os.close(fd)
