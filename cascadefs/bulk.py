@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cascadefs.database import Database
 from cascadefs.index import ASKED, Index
@@ -18,6 +18,16 @@ from cascadefs.record import record_bytes
 from cascadefs.types import EMPTY_OID, Block, Location, Print
 
 T = TypeVar("T")
+
+
+class Waiting(NamedTuple):
+    """What sealing must know of a staged inode."""
+
+    ino: int
+    home: int
+    uid: int
+    mtime_ns: int
+    ctime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,15 @@ class Bulk:
         self._database, self._db, self._index = database, database.connection, index
 
     # --- questions
+
+    def staged(self, inos: Iterable[int]) -> dict[int, Waiting]:
+        """Those of some inodes that are staged and have a name. Many times cheaper than whole inodes."""
+        found: dict[int, Waiting] = {}
+        for part in _parts(inos):
+            where = f"ino IN ({marks(part)}) AND home>0 AND nlink>0"
+            rows = self._db.execute(f"SELECT ino, home, uid, mtime_ns, ctime_ns FROM inodes WHERE {where}", part)
+            found.update((row[0], Waiting(*row)) for row in rows)
+        return found
 
     def known(self, digests: Sequence[bytes]) -> set[bytes]:
         """Those that name an object."""

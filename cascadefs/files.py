@@ -19,7 +19,7 @@ from functools import partial
 import trio
 
 from cascadefs import media
-from cascadefs.bulk import Bulk
+from cascadefs.bulk import Bulk, Waiting
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
@@ -417,6 +417,6 @@ async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:
     """Without a mount nobody has looked names up."""
 
 
-def changed_ns(inode: Inode, mtime_ns: int) -> int:
+def changed_ns(inode: Inode | Waiting, mtime_ns: int) -> int:
     """ctime of an inode whose staged file was modified at `mtime_ns`: a write moves it along, a time that was set does not."""
     return inode.ctime_ns if mtime_ns == inode.mtime_ns else max(inode.ctime_ns, mtime_ns)

@@ -21,6 +21,7 @@ from cascadefs.ext import hashing
 from cascadefs.extent import OpenExtent
 from cascadefs.files import Files
 from cascadefs.journal import Journal, Taken, encoded
+from cascadefs.live import take
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Content, Sealer
 from cascadefs.tiers.capture import Capture, Subject
@@ -63,9 +64,12 @@ class Fsyncs:
         request = _Request(ino)
         self._waiting.append(request)
         try:
-            async with self._extent.lock:
+            await take(self._extent.lock)
+            try:
                 if not request.is_done:
                     await self._serve_next()
+            finally:
+                self._extent.lock.release()
         finally:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -188,9 +192,9 @@ class Fsyncs:
     ) -> set[int] | None:
         """The transaction. What is not staged any more is left out: its writer has gone, it will be flushed as an object."""
         files, kept = self._files, list[Captured]()
-        rows = files.namespace.find_all([one.ino for one, _ in contents])
+        staged = files.bulk.staged([one.ino for one, _ in contents])
         for one, content in contents:
-            if one.ino not in rows or not rows[one.ino].home:
+            if one.ino not in staged:
                 continue
             if content.size_bytes and content.known != files.index.find(content.digest):
                 return None
@@ -203,7 +207,7 @@ class Fsyncs:
                 files.dead += written - files.bulk.in_use(written)
                 files.dead += self._journal.written(taken, at, hashing.fingerprint(manifest, files.database.identity.secret))
                 for captured in kept:
-                    files.namespace.update(captured.ino, size=files.with_staged(rows[captured.ino]).size)
+                    files.namespace.update(captured.ino, size=files.attributes(captured.ino).size)
         except Unplaced:
             return None
         self._extent.placed |= {content.digest: None for _, content in contents if content.known and not content.known.durable}

@@ -80,12 +80,12 @@ class Journal:
                 rows = self._told(f"WHERE i.ino IN ({marks(page)})", page, ready)
                 told += [row for row in rows if row is not None]
                 gone += self._gone(page)
-                await trio.lowlevel.checkpoint()
+                await _turn_after(page)
             for page in _pages(sorted(objects | ready)):
                 found = self._listed(f"oid IN ({marks(page)})", page, ready)
                 listed += found.values()
                 self._database.unlisted |= {oid for oid in page if oid not in found and self._index.find_oid(oid)}
-                await trio.lowlevel.checkpoint()
+                await _turn_after(page)
         except BaseException:
             self._give_back(inodes, objects)
             raise
@@ -189,6 +189,12 @@ def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes,
 async def encoded(manifest: Manifest) -> bytes:
     """The document; a long one is written down in a thread."""
     return encode(manifest) if len(manifest.inodes) <= INLINE_INODES else await trio.to_thread.run_sync(encode, manifest)
+
+
+async def _turn_after(page: Sequence[int]) -> None:
+    """A turn of the scheduler between two pages; not for the few rows of one fsync, which somebody waits for."""
+    if len(page) == PAGE:
+        await trio.lowlevel.checkpoint()
 
 
 def _pages(numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -26,6 +26,7 @@ from cascadefs.extent import OpenExtent
 from cascadefs.files import Files
 from cascadefs.fsyncs import Fsyncs
 from cascadefs.journal import Journal, Taken, encoded
+from cascadefs.live import take
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Outcome, Sealer
 from cascadefs.tiers.cold import Piece
@@ -50,6 +51,7 @@ class Mover:
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._flushes = 0  # calls of flush_all() under way
         self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self.extent = OpenExtent(files)
@@ -302,13 +304,15 @@ class Mover:
         one; when nothing has changed since the last there is nothing to do."""
         database = self.files.database
         asked = database.connection.total_changes
-        async with self._sync_lock:
-            if self._synced >= asked:
-                return
-            database.renew()
-            changes = database.connection.total_changes
-            await trio.to_thread.run_sync(database.sync)
-            self._synced = changes
+        await take(self._sync_lock)
+        try:
+            if self._synced < asked:
+                database.renew()
+                changes = database.connection.total_changes
+                await trio.to_thread.run_sync(database.sync)
+                self._synced = changes
+        finally:
+            self._sync_lock.release()
 
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
@@ -363,8 +367,20 @@ class Mover:
         finally:
             self.files.forget_if_gone(holder)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for everything to be durable: what is not needed for that can wait."""
+        return self._flushes > 0
+
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
+        self._flushes += 1
+        try:
+            await self._flush_all()
+        finally:
+            self._flushes -= 1
+
+    async def _flush_all(self) -> None:
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
@@ -380,12 +396,11 @@ class Mover:
 
     async def _seal_all(self) -> list[int]:
         """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
-        outcome, done_bytes = Outcome(), 0
+        outcome = Outcome()
         try:
             for batch in self.sealer.batches(self.index.staged_inodes()):
                 await self.sealer.seal_batch(batch, outcome)
-                done_bytes += sum(inode.size for inode in self.files.namespace.find_all(batch).values() if not inode.home)
-                self._is_hurried = done_bytes >= HURRY_BYTES
+                self._is_hurried = outcome.sealed_bytes >= HURRY_BYTES
         finally:
             self._is_hurried = False
         if outcome.error is not None:

@@ -57,12 +57,6 @@ class Namespace:
         row = self._db.execute(f"SELECT {_COLUMNS} FROM inodes WHERE ino=?", (ino,)).fetchone()
         return Inode(*row) if row else None
 
-    def find_all(self, inos: Sequence[int]) -> dict[int, Inode]:
-        """Those of some inodes (a few hundred at most) that exist."""
-        marks = ",".join("?" * len(inos))
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM inodes WHERE ino IN ({marks})", inos)
-        return {row[0]: Inode(*row) for row in rows}
-
     def get(self, ino: int) -> Inode:
         """The inode; ESTALE when there is none."""
         found = self.find(ino)

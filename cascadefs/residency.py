@@ -143,14 +143,15 @@ class Residency:
 
     def tidy(self, digests: Sequence[bytes]) -> None:
         """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
-        known = self.index.states(digests)
+        here = [digest for digest in digests if digest in self.memory.objects or digest in self.parking.objects]
+        known = self.index.states(here)
         for tier in (self.memory, self.parking):
-            for digest in digests:
-                if digest not in tier.objects:
+            for digest in here:
+                if digest not in tier.objects or (digest in known and (tier is self.memory or not known[digest])):
                     continue
                 if self.sources.find(("object", digest)) is not None:
                     self._opened_before.add(digest)
-                elif digest not in known or (known[digest] and tier is self.parking):
+                else:
                     self.drop(tier, digest)
 
     # --- cold -> memory

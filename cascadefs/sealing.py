@@ -22,7 +22,7 @@ from itertools import islice
 import trio
 
 from cascadefs import media
-from cascadefs.bulk import NewObject, Shown
+from cascadefs.bulk import NewObject, Shown, Waiting
 from cascadefs.config import FILE_BYTES_MAX, MIB
 from cascadefs.crash import point
 from cascadefs.errors import os_error
@@ -62,6 +62,7 @@ class Outcome:
 
     sealed: set[int] = field(default_factory=set)
     busy: set[int] = field(default_factory=set)
+    sealed_bytes: int = 0  # to be flushed
     error: OSError | None = None
 
     def failed(self, e: OSError) -> None:
@@ -89,9 +90,9 @@ class Sealer:
         """In groups of at most BATCH_FILES and about BATCH_BYTES; what is read is as of the moment a group is asked for."""
         for at in range(0, len(inos), BATCH_FILES):
             group, total = list[int](), 0
-            found = self.files.namespace.find_all(inos[at : at + BATCH_FILES])
+            found = self.files.bulk.staged(inos[at : at + BATCH_FILES])
             for ino in inos[at : at + BATCH_FILES]:
-                size = self._staged_bytes(found.get(ino))
+                size = self._staged_bytes(found[ino]) if ino in found else 0
                 if group and total + size > BATCH_BYTES:
                     yield group
                     group, total = [], 0
@@ -145,29 +146,30 @@ class Sealer:
                 one.close()
 
     def _candidates(self, held: Sequence[Live], outcome: Outcome) -> Iterator[Staged]:
-        found = self.files.namespace.find_all([live.ino for live in held])
+        found = self.files.bulk.staged([live.ino for live in held])
         for live in held:
-            inode = found.get(live.ino)
-            if inode is None or not inode.home or inode.nlink == 0:
+            if live.ino not in found:
                 outcome.sealed.add(live.ino)
             elif live.writers:
                 outcome.busy.add(live.ino)
             else:
+                inode = found[live.ino]
                 yield Staged(live, self.residency.tier_of(inode.home), self.domain(inode))
 
     async def _examine(self, batch: Sequence[Staged]) -> None:
-        if len(batch) == 1 and batch[0].tier is self.residency.memory and self._is_small(batch[0]):
+        if len(batch) == 1 and self._is_small(batch[0]):
             self.examiner.examine(batch)
         elif batch:
             await trio.to_thread.run_sync(self.examiner.examine, batch)
 
     def _is_small(self, one: Staged) -> bool:
-        return self._staged_bytes(self.files.namespace.find(one.ino)) <= INLINE_BYTES
+        found = self.files.bulk.staged((one.ino,)).get(one.ino)
+        return found is not None and found.home == Home.MEMORY and self._staged_bytes(found) <= INLINE_BYTES
 
-    def _staged_bytes(self, inode: Inode | None) -> int:
+    def _staged_bytes(self, inode: Waiting) -> int:
         """0 when there is no staged file: trouble, if it is some, will be met again."""
         with suppress(OSError):
-            return os.lstat(self.files.staged_path(inode)).st_size if inode is not None and inode.home else 0
+            return os.lstat(self.residency.tier_of(inode.home).staged_path(inode.ino)).st_size
         return 0
 
     def _told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
@@ -210,6 +212,7 @@ class Sealer:
             return
         point("sealed")
         outcome.sealed.update(one.ino for one in adopted)
+        outcome.sealed_bytes += sum(one.size_bytes for one in adopted)
         try:
             self._finish([(one.live, one.tier, one.digest if one.size_bytes else None) for one in adopted])
         except OSError as e:
@@ -235,10 +238,11 @@ class Sealer:
         the lock."""
         if not batch:
             return
-        now = self.files.namespace.find_all([one.ino for one in batch])
+        now = self.files.bulk.staged([one.ino for one in batch])
         shown = list[Shown]()
         for one in batch:
-            mtime_ns, ctime_ns, blocks = _attributes(now[one.ino], os.fstat(one.fd), one.size_bytes)
+            found = now.get(one.ino) or self.files.namespace.get(one.ino)  # it lost its last name meanwhile
+            mtime_ns, ctime_ns, blocks = _attributes(found, os.fstat(one.fd), one.size_bytes)
             content = NewObject(one.digest, one.size_bytes, one.prints, one.domain == 0)
             shown.append(Shown(one.ino, content, mtime_ns, ctime_ns, blocks))
         with self.files.database.transaction():
@@ -275,7 +279,7 @@ class Sealer:
         else:
             outcome.sealed.add(one.ino)
 
-    def domain(self, inode: Inode) -> int:
+    def domain(self, inode: Inode | Waiting) -> int:
         """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
         return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
 
@@ -415,7 +419,7 @@ class Sealer:
                 self.files.to_seal.setdefault(ino, at)
 
 
-def _attributes(inode: Inode, state: os.stat_result, size_bytes: int) -> tuple[int, int, int]:
+def _attributes(inode: Inode | Waiting, state: os.stat_result, size_bytes: int) -> tuple[int, int, int]:
     """(mtime, ctime, blocks) of an inode whose staged file is in that state, once it is sealed."""
     blocks = min(state.st_blocks, -(-size_bytes // 4096) * 8)  # without what a huge page adds
     return state.st_mtime_ns, changed_ns(inode, state.st_mtime_ns), blocks
