@@ -194,13 +194,27 @@ class _Connection(sqlite3.Connection):
         try:
             return super().execute(sql, parameters)
         except sqlite3.DatabaseError as e:
-            found = from_sqlite(e)
-            if found is None:
+            if (found := self._told(e)) is None:
                 raise
-            if found.errno == errno.EIO and self.is_full():  # SQLite keeps no errno of a sync that failed
-                found = OSError(errno.ENOSPC, str(e))
-            self.health.failed("index", found)
             raise found from e
+
+    def executemany(self, sql: str, parameters: Any, /) -> sqlite3.Cursor:
+        try:
+            return super().executemany(sql, parameters)
+        except sqlite3.DatabaseError as e:
+            if (found := self._told(e)) is None:
+                raise
+            raise found from e
+
+    def _told(self, e: sqlite3.DatabaseError) -> OSError | None:
+        """An error of the medium. None: it is a fault of ours."""
+        found = from_sqlite(e)
+        if found is None:
+            return None
+        if found.errno == errno.EIO and self.is_full():  # SQLite keeps no errno of a sync that failed
+            found = OSError(errno.ENOSPC, str(e))
+        self.health.failed("index", found)
+        return found
 
 
 class Database:

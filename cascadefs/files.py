@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from cascadefs import media
+from cascadefs.bulk import Bulk, Waiting
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
@@ -39,6 +40,7 @@ class Files:
     def __init__(self, settings: Settings, database: Database, residency: Residency, first_ino: int = 0) -> None:
         self.settings, self.database, self.residency = settings, database, residency
         self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
+        self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
         self.live: dict[int, Live] = {}
         self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
@@ -415,6 +417,6 @@ async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:
     """Without a mount nobody has looked names up."""
 
 
-def changed_ns(inode: Inode, mtime_ns: int) -> int:
+def changed_ns(inode: Inode | Waiting, mtime_ns: int) -> int:
     """ctime of an inode whose staged file was modified at `mtime_ns`: a write moves it along, a time that was set does not."""
     return inode.ctime_ns if mtime_ns == inode.mtime_ns else max(inode.ctime_ns, mtime_ns)

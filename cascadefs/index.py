@@ -21,6 +21,7 @@ from cascadefs.record import ALIGN, record_bytes
 from cascadefs.types import EMPTY_OID, Block, Home, Location, Object
 
 _OBJECT = "oid, digest, size, durable"
+ASKED = 256  # values in one question; SQLite takes 32766, but every number of marks is a statement of its own to prepare
 
 
 def digest_of(size_bytes: int, fingerprints: Iterable[bytes], salt: int = 0) -> bytes:
@@ -52,6 +53,15 @@ class Index:
         """The object of that name."""
         row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE digest=?", (digest,)).fetchone()
         return Object(row[0], row[1], row[2], bool(row[3])) if row else None
+
+    def states(self, digests: Sequence[bytes]) -> dict[bytes, bool]:
+        """Digest -> whether it is durable, of those that name an object."""
+        found: dict[bytes, bool] = {}
+        for at in range(0, len(digests), ASKED):
+            part = digests[at : at + ASKED]
+            marks = ",".join("?" * len(part))
+            found.update(self._db.execute(f"SELECT digest, durable<>0 FROM objects WHERE digest IN ({marks})", part))
+        return found
 
     def object(self, oid: int) -> Object:
         """The object; it must exist (invariant 1)."""
@@ -105,11 +115,6 @@ class Index:
         ).fetchone()
         return Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) if r else None
 
-    def find_block(self, fingerprint: bytes, length: int) -> int | None:
-        """A block with that fingerprint."""
-        row = self._db.execute("SELECT bid FROM blocks WHERE fingerprint=? AND length=?", (fingerprint, length)).fetchone()
-        return row[0] if row else None
-
     def holders(self, bid: int, limit: int = 4) -> list[tuple[bytes, int]]:
         """(digest, place in the object) of some objects that contain a block."""
         return self._db.execute(
@@ -144,30 +149,6 @@ class Index:
             "SELECT DISTINCT ino FROM object_blocks b JOIN inodes i ON i.oid=b.oid OR i.durable_oid=b.oid WHERE bid=?", (bid,)
         )
         return [row[0] for row in rows]
-
-    def add(self, digest: bytes, size_bytes: int, parts: Sequence[tuple[bytes, int, int | None]]) -> Object:
-        """A new object of (fingerprint, length, known block or None) parts. It has no reference yet: refer to it in the same
-        transaction."""
-        with self._database.transaction():
-            cursor = self._db.execute("INSERT INTO objects(digest, size, refs, durable) VALUES(?,?,0,0)", (digest, size_bytes))
-            oid = int(cursor.lastrowid or 0)
-            self._database.unlisted.add(oid)
-            fresh: dict[tuple[bytes, int], int] = {}
-            for seq, (fingerprint, length, known) in enumerate(parts):
-                bid = known or fresh.get((fingerprint, length))
-                if bid is None:
-                    cursor = self._db.execute(
-                        "INSERT INTO blocks(fingerprint, length, refs) VALUES(?,?,0)", (fingerprint, length)
-                    )
-                    bid = fresh[fingerprint, length] = int(cursor.lastrowid or 0)
-                self._db.execute("INSERT INTO object_blocks VALUES(?,?,?)", (oid, seq, bid))
-                self._db.execute("UPDATE blocks SET refs=refs+1 WHERE bid=?", (bid,))
-            self._db.execute(
-                "UPDATE objects SET durable = NOT EXISTS (SELECT 1 FROM object_blocks o JOIN blocks b ON b.bid=o.bid "
-                "WHERE o.oid=? AND b.extent IS NULL) WHERE oid=?",
-                (oid, oid),
-            )
-        return self.object(oid)
 
     def dirty(self, limit: int) -> list[Object]:
         """Objects that are not yet durable, oldest first."""
@@ -246,45 +227,7 @@ class Index:
             if oid is not None:
                 self._ref(oid)
 
-    # --- placement
-
-    def place(self, placed: Iterable[tuple[int, Location]], extent: int, extent_size: int) -> list[Location]:
-        """Record where blocks were written and how far the extent reaches. Returns records of blocks that died meanwhile."""
-        dead = []
-        with self._database.transaction():
-            self._db.execute(
-                "INSERT INTO extents VALUES(?,?,0,0) ON CONFLICT(number) DO UPDATE SET size=max(size, excluded.size)",
-                (extent, extent_size),
-            )
-            for bid, at in placed:
-                cursor = self._db.execute(
-                    "UPDATE blocks SET extent=?, offset=? WHERE bid=? AND extent IS NULL", (at.extent, at.offset, bid)
-                )
-                if cursor.rowcount == 0:
-                    dead.append(at)
-                else:
-                    self._db.execute("UPDATE extents SET live=live+? WHERE number=?", (record_bytes(at.length), at.extent))
-        return dead
-
-    def relocate(self, bid: int, at: Location, extent_size: int) -> list[Location]:
-        """A good copy of a block was written to `at` and synced: it is read from there. Returns the record that it leaves."""
-        with self._database.transaction():
-            row = self._db.execute("SELECT extent, offset, length FROM blocks WHERE bid=?", (bid,)).fetchone()
-            if row is not None and row[0] is not None:
-                self._db.execute("UPDATE blocks SET extent=NULL WHERE bid=?", (bid,))
-                self._db.execute("UPDATE extents SET live=live-? WHERE number=?", (record_bytes(row[2]), row[0]))
-            left = [Location(*row)] if row is not None and row[0] is not None else []
-            return left + self.place([(bid, at)], at.extent, extent_size)
-
-    def mark_durable(self, oid: int) -> list[Location]:
-        """All blocks of the object are located and synced: it becomes the fallback of the inodes that show it."""
-        with self._database.transaction():
-            self._db.execute("UPDATE objects SET durable=1 WHERE oid=?", (oid,))
-            inos = [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=? AND home=0", (oid,))]
-            told = set(inos) - self._database.changed  # by the manifest that went out with the object
-            dead = [location for ino in inos for location in self.set_fallback(ino, oid)]
-            self._database.changed -= told
-            return dead
+    # --- extents
 
     def open_extent(self) -> tuple[int, int] | None:
         """(number, size in bytes) of the extent that still grows."""

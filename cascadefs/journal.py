@@ -16,14 +16,16 @@ from typing import Any
 
 import trio
 
+from cascadefs.bulk import Bulk, marks
 from cascadefs.database import Database
 from cascadefs.index import Index
-from cascadefs.manifest import Listed, Manifest, Told
+from cascadefs.manifest import Listed, Manifest, Told, encode
 from cascadefs.types import EMPTY_OID, Location, Object
 
 PAGE = 256  # inodes read between two turns of the scheduler: about a millisecond
 # A snapshot costs as much as it is long: it is written when the manifests since the last one have come to twice that.
 SNAPSHOT_AT, GROWTH = 256 << 10, 2
+INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 SNAPSHOT, CLEAN = 1, 2  # bits of manifests.snapshot; CLEAN: nothing changed afterwards, the store was closed
 
 _ROWS = (
@@ -47,6 +49,7 @@ class Journal:
 
     def __init__(self, database: Database, index: Index) -> None:
         self._database, self._db, self._index = database, database.connection, index
+        self._bulk = Bulk(database, index)
         last = self._db.execute("SELECT seq, snapshot FROM manifests ORDER BY seq DESC LIMIT 1").fetchone()
         empty = self._db.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None
         self.incomplete = not empty and not (last is not None and last[1] & CLEAN)
@@ -71,18 +74,18 @@ class Journal:
         inodes, objects = self._take()
         try:
             ready = {found.oid for found in batch}
-            wanted = inodes | {ino for oid in ready for ino in self._index.inodes_of(oid)}
+            wanted = inodes | self._bulk.inodes_of(ready)
             told, gone, listed = list[Told](), list[int](), list[Listed]()
             for page in _pages(sorted(wanted)):
-                rows = self._told(f"WHERE i.ino IN ({_marks(page)})", page, ready)
+                rows = self._told(f"WHERE i.ino IN ({marks(page)})", page, ready)
                 told += [row for row in rows if row is not None]
                 gone += self._gone(page)
-                await trio.lowlevel.checkpoint()
+                await _turn_after(page)
             for page in _pages(sorted(objects | ready)):
-                found = self._listed(f"oid IN ({_marks(page)})", page, ready)
+                found = self._listed(f"oid IN ({marks(page)})", page, ready)
                 listed += found.values()
                 self._database.unlisted |= {oid for oid in page if oid not in found and self._index.find_oid(oid)}
-                await trio.lowlevel.checkpoint()
+                await _turn_after(page)
         except BaseException:
             self._give_back(inodes, objects)
             raise
@@ -143,17 +146,17 @@ class Journal:
         if not rows:
             return []
         inos = [row[0] for row in rows]
-        marks = _marks(inos)
+        asked = marks(inos)
         names: dict[int, list[tuple[int, bytes]]] = {}
-        for ino, parent, name in self._db.execute(f"SELECT ino, parent, name FROM entries WHERE ino IN ({marks})", inos):
+        for ino, parent, name in self._db.execute(f"SELECT ino, parent, name FROM entries WHERE ino IN ({asked})", inos):
             names.setdefault(ino, []).append((parent, name))
         xattrs: dict[int, list[tuple[bytes, bytes]]] = {}
-        for ino, name, value in self._db.execute(f"SELECT ino, name, value FROM xattrs WHERE ino IN ({marks})", inos):
+        for ino, name, value in self._db.execute(f"SELECT ino, name, value FROM xattrs WHERE ino IN ({asked})", inos):
             xattrs.setdefault(ino, []).append((name, value))
         return [_as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready) for row in rows]
 
     def _gone(self, page: Sequence[int]) -> list[int]:
-        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino IN ({_marks(page)}) AND nlink>0", page)
+        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino IN ({marks(page)}) AND nlink>0", page)
         here = {row[0] for row in rows}
         return [ino for ino in page if ino not in here]
 
@@ -164,11 +167,11 @@ class Journal:
     def _listed(self, where: str, parameters: Sequence[int], ready: set[int]) -> dict[int, Listed]:
         """Objects that are durable, or will be."""
         rows = self._db.execute(f"SELECT oid, digest, size, durable FROM objects WHERE {where}", parameters).fetchall()
-        query = "SELECT fingerprint FROM object_blocks o JOIN blocks b ON b.bid=o.bid WHERE o.oid=? ORDER BY seq"
+        whole = {row[0]: row for row in rows if row[3] or row[0] in ready}
+        blocks = self._bulk.blocks_of(list(whole))
         return {
-            oid: Listed(digest, size, [row[0] for row in self._db.execute(query, (oid,))])
-            for oid, digest, size, durable in rows
-            if durable or oid in ready
+            oid: Listed(digest, size, [block.fingerprint for block in blocks[oid]])
+            for oid, digest, size, _ in whole.values()
         }
 
 
@@ -183,8 +186,15 @@ def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes,
     return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs)
 
 
-def _marks(values: Sequence[object]) -> str:
-    return ",".join("?" * len(values))
+async def encoded(manifest: Manifest) -> bytes:
+    """The document; a long one is written down in a thread."""
+    return encode(manifest) if len(manifest.inodes) <= INLINE_INODES else await trio.to_thread.run_sync(encode, manifest)
+
+
+async def _turn_after(page: Sequence[int]) -> None:
+    """A turn of the scheduler between two pages; not for the few rows of one fsync, which somebody waits for."""
+    if len(page) == PAGE:
+        await trio.lowlevel.checkpoint()
 
 
 def _pages(numbers: Iterable[int]) -> Iterator[list[int]]:

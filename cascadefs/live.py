@@ -15,6 +15,14 @@ import trio
 Key = tuple[str, object]
 
 
+async def take(lock: trio.Lock) -> None:
+    """Acquire a lock; without a turn of the scheduler when it is free, as it nearly always is."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+
+
 @dataclass(eq=False, slots=True)
 class Source:
     """An open backing file. `fd` is read-only and belongs to this object; `backing_id` is the mount's to use."""
@@ -63,11 +71,8 @@ class Live:
         return self._lock is not None and self._lock.locked()
 
     async def acquire(self) -> None:
-        """Take the lock; without a turn of the scheduler when it is free, which it nearly always is."""
-        try:
-            self.lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self.lock.acquire()
+        """Take the lock."""
+        await take(self.lock)
 
     def enter(self, source: Source | None, writable: bool, direct: bool | None = None) -> Handle:
         """Count a new handle; `source` already counts it as a user. `direct` is given when the kernel has it already."""

@@ -156,8 +156,11 @@ def rename(old: Path | str, new: Path | str) -> None:
 
 def link(old: Path | str, new: Path | str) -> None:
     """A second name; what had the new name before loses it."""
-    remove(new)
-    os.link(old, new)
+    try:
+        os.link(old, new)
+    except FileExistsError:
+        remove(new)
+        os.link(old, new)
 
 
 # --- durability

@@ -22,11 +22,13 @@ from cascadefs import scheduler
 from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
 from cascadefs.ext import hashing
+from cascadefs.extent import OpenExtent
 from cascadefs.files import Files
-from cascadefs.journal import Journal, Taken
-from cascadefs.manifest import encode
+from cascadefs.fsyncs import Fsyncs
+from cascadefs.journal import Journal, Taken, encoded
+from cascadefs.live import take
 from cascadefs.record import record_bytes
-from cascadefs.sealing import Sealer
+from cascadefs.sealing import Outcome, Sealer
 from cascadefs.tiers.cold import Piece
 from cascadefs.types import Location, Object
 
@@ -35,7 +37,6 @@ IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announ
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
-INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
 class Mover:
@@ -45,14 +46,18 @@ class Mover:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
         self.health = files.database.health
+        self.bulk = files.bulk
         self.journal = Journal(files.database, files.index)
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._flushes = 0  # calls of flush_all() under way
         self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
-        self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
-        self._lock = trio.Lock()
+        self.extent = OpenExtent(files)
+        self.fsyncs = Fsyncs(files, sealer, self.journal, self.extent, self.sync_index)
+        self._sync_lock = trio.Lock()
+        self._synced = -1  # rows that had changed in this process when the index was synced the last time
         self._event = trio.Event()
         files.wake = self._wake
 
@@ -132,7 +137,7 @@ class Mover:
 
     async def flush_batch(self, first: Sequence[int]) -> int:
         """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
-        async with self._lock:
+        async with self.extent.lock:
             chosen = self._choose(first)
             fds = list[int]()
             try:
@@ -184,8 +189,9 @@ class Mover:
     def _pieces(self, objects: Sequence[Object], fds: list[int]) -> list[Piece]:
         """Blocks that have no place yet, each once, in the copies of the objects; `fds` gets the descriptors to close."""
         pieces, seen = list[Piece](), set[int]()
+        blocks_of = self.bulk.blocks_of([found.oid for found in objects])
         for found in objects:
-            blocks = self.index.blocks(found.oid)
+            blocks = blocks_of[found.oid]
             if all(block.location is not None or block.bid in seen for block in blocks):
                 continue
             tier = self.residency.holder(found.digest)
@@ -206,30 +212,28 @@ class Mover:
     async def _append(self, pieces: Sequence[Piece], taken: Taken) -> None:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
-            small = len(taken.manifest.inodes) <= INLINE_INODES
-            manifest = encode(taken.manifest) if small else await trio.to_thread.run_sync(encode, taken.manifest)
+            manifest = await encoded(taken.manifest)
             parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
             for part in parts:
-                number, position = await self._open_extent()
+                number, position = await self.extent.tail()
                 tail = manifest if part is parts[-1] else None
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, part, tail))
                 point("appended")
                 with self.files.database.transaction():
-                    self.files.dead += self.index.place(placed, number, end)
+                    self.files.dead += self.bulk.place(placed, number, end)
                     if tail is not None:
                         at = Location(number, end - record_bytes(len(tail)), len(tail))
                         fingerprint = hashing.fingerprint(tail, self.files.database.identity.secret)
                         self.files.dead += self.journal.written(taken, at, fingerprint)
                 point("placed")
-                if end >= self.files.settings.extent_size:
-                    await self._seal_extent(number, end)
+                await self.extent.seal_if_full(number, end)
         except BaseException:
             self.journal.not_written(taken)
             raise
 
     async def heal(self, bid: int) -> bool:
         """Write a good copy of a block whose record is damaged to the open extent. False: there is none, or it is no more."""
-        async with self._lock:
+        async with self.extent.lock:
             block = self.index.block(bid)
             if block is None or block.location is None:
                 return False
@@ -237,39 +241,24 @@ class Mover:
             if piece is None:
                 return False
             try:
-                number, position = await self._open_extent()
+                number, position = await self.extent.tail()
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, [piece]))
             finally:
                 os.close(piece.fd)
             if self.index.block(bid) == block:
-                self.files.dead += self.index.relocate(bid, placed[0][1], end)
+                self.files.dead += self.bulk.relocate(bid, placed[0][1], end)
             await self._give_back()
             self.residency.healer.is_healed(block)
         return True
 
     async def tell(self) -> None:
         """Write what the extents do not tell yet of names and attributes; everything, when it is time for a snapshot."""
-        async with self._lock:
+        async with self.extent.lock:
             if self.journal.wants_snapshot():
                 await self._append((), await self.journal.everything())
             elif self.journal.has_news():
                 await self._append((), await self.journal.changes(()))
             await self._give_back()
-
-    async def _open_extent(self) -> tuple[int, int]:
-        found = self.index.open_extent()
-        if found is None:
-            number = self.index.next_extent()
-            size = await trio.to_thread.run_sync(self.cold.create, number)
-            self.index.place((), number, size)
-            return number, size
-        return found
-
-    async def _seal_extent(self, number: int, end: int) -> None:
-        records = self.index.extent_records(number)
-        size = await trio.to_thread.run_sync(partial(self.cold.seal, number, end, records))
-        point("extent sealed")
-        self.index.seal_extent(number, size)
 
     async def _set_aside(self, objects: Sequence[Object], why: CorruptRecord) -> None:
         """Some copy did not match its fingerprint. One that was opened for writing meanwhile is no object any more;
@@ -290,34 +279,40 @@ class Mover:
 
     async def _commit(self, objects: Sequence[Object]) -> None:
         """Objects whose blocks all have a place are durable; after the sync their copies are clean."""
-        ready = []
         with self.files.database.transaction():
-            for found in objects:
-                now = self.index.find_oid(found.oid)
-                if now is None:
-                    continue
-                if all(block.location is not None for block in self.index.blocks(found.oid)):
-                    self.files.dead += self.index.mark_durable(found.oid)
-                    self._put_off_until.pop(found.oid, None)
-                    ready.append(found.digest)
-                elif self.residency.holder(found.digest) is None:
-                    log.error("object %s is dirty and has no copy", found.digest.hex())
-                    self.unflushable.add(found.oid)
+            whole = self.bulk.placed_whole([found.oid for found in objects])
+            self.files.dead += self.bulk.mark_durable(sorted(whole))
+        for found in objects:
+            if found.oid in whole:
+                self._put_off_until.pop(found.oid, None)
+                self.extent.placed[found.digest] = None
+            elif self.index.find_oid(found.oid) and self.residency.holder(found.digest) is None:
+                log.error("object %s is dirty and has no copy", found.digest.hex())
+                self.unflushable.add(found.oid)
         point("durable")
-        self._placed |= dict.fromkeys(ready)
-        if not self._placed:
+        if not self.extent.placed:
             return
         await self.sync_index()
-        synced, self._placed = list(self._placed), {}
-        for digest in synced:
-            if (durable := self.index.find(digest)) is not None and durable.durable:
+        synced, self.extent.placed = list(self.extent.placed), {}
+        for digest, is_durable in self.index.states(synced).items():
+            if is_durable:
                 self.residency.mark_clean(digest)
         self.residency.tidy(synced)
 
     async def sync_index(self) -> None:
-        """Every transaction so far survives a loss of power afterwards."""
-        self.files.database.renew()
-        await trio.to_thread.run_sync(self.files.database.sync)
+        """Every transaction so far survives a loss of power afterwards. Whoever comes while a sync is under way shares the next
+        one; when nothing has changed since the last there is nothing to do."""
+        database = self.files.database
+        asked = database.connection.total_changes
+        await take(self._sync_lock)
+        try:
+            if self._synced < asked:
+                database.renew()
+                changes = database.connection.total_changes
+                await trio.to_thread.run_sync(database.sync)
+                self._synced = changes
+        finally:
+            self._sync_lock.release()
 
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
@@ -348,23 +343,44 @@ class Mover:
 
     async def fsync(self, ino: int) -> None:
         """Data and name of one file are durable afterwards."""
-        inode = self.files.namespace.get(ino)
-        if inode.home and inode.nlink and not await self.sealer.seal(ino):
-            holder = await self.sealer.snapshot(ino)
-            if holder is not None:
-                held = self.files.namespace.get(holder)
-                try:
-                    if held.oid is not None:
-                        await self.make_durable(held.oid)
-                    self.sealer.settle(ino, holder)
-                finally:
-                    self.files.forget_if_gone(holder)
-        elif (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
-            await self.make_durable(now.oid)
+        while (inode := self.files.namespace.get(ino)).home and inode.nlink and not await self.sealer.seal(ino):
+            if self.files.attributes(ino).size > self.files.settings.batch_size:
+                await self._fsync_copy(ino)
+                break
+            if await self.fsyncs.make_durable(ino):
+                return
+        else:
+            if (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
+                await self.make_durable(now.oid)
         await self.sync_index()
+
+    async def _fsync_copy(self, ino: int) -> None:
+        """Of a large file that has writers: it would be too long for one append."""
+        holder = await self.sealer.snapshot(ino)
+        if holder is None:
+            return
+        held = self.files.namespace.get(holder)
+        try:
+            if held.oid is not None:
+                await self.make_durable(held.oid)
+            self.sealer.settle(ino, holder)
+        finally:
+            self.files.forget_if_gone(holder)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for everything to be durable: what is not needed for that can wait."""
+        return self._flushes > 0
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
+        self._flushes += 1
+        try:
+            await self._flush_all()
+        finally:
+            self._flushes -= 1
+
+    async def _flush_all(self) -> None:
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
@@ -380,17 +396,16 @@ class Mover:
 
     async def _seal_all(self) -> list[int]:
         """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
-        busy, sealed_bytes = list[int](), 0
+        outcome = Outcome()
         try:
-            for ino in self.index.staged_inodes():
-                if not await self.sealer.seal(ino):
-                    busy.append(ino)
-                elif (inode := self.files.namespace.find(ino)) is not None:
-                    sealed_bytes += inode.size
-                    self._is_hurried = sealed_bytes >= HURRY_BYTES
+            for batch in self.sealer.batches(self.index.staged_inodes()):
+                await self.sealer.seal_batch(batch, outcome)
+                self._is_hurried = outcome.sealed_bytes >= HURRY_BYTES
         finally:
             self._is_hurried = False
-        return busy
+        if outcome.error is not None:
+            raise outcome.error
+        return list(outcome.busy)
 
     def _has_dirty(self, last: int) -> bool:
         left = self.unflushable | self._put_off_until.keys()

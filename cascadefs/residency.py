@@ -141,17 +141,17 @@ class Residency:
             if digest in tier.objects:
                 self.drop(tier, digest)
 
-    def tidy(self, digests: Sequence[bytes] | None = None) -> None:
+    def tidy(self, digests: Sequence[bytes]) -> None:
         """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
+        here = [digest for digest in digests if digest in self.memory.objects or digest in self.parking.objects]
+        known = self.index.states(here)
         for tier in (self.memory, self.parking):
-            for digest in list(tier.objects) if digests is None else digests:
-                if digest not in tier.objects:
+            for digest in here:
+                if digest not in tier.objects or (digest in known and (tier is self.memory or not known[digest])):
                     continue
                 if self.sources.find(("object", digest)) is not None:
                     self._opened_before.add(digest)
-                    continue
-                found = self.index.find(digest)
-                if found is None or (found.durable and tier is self.parking):
+                else:
                     self.drop(tier, digest)
 
     # --- cold -> memory

@@ -6,20 +6,24 @@ Owns: the transition staged -> object. Invariants:
 (2) Two contents share an object only if their bytes were compared, or the object has no copy in memory and its 128-bit
     keyed fingerprints are equal.
 (3) A snapshot shows the file as it was at some moment after fsync() began for every byte written before it.
+(4) Files are sealed many at a time, but each as if alone: under the lock of its inode, and what fails with one of them, or
+    fails because they are many, leaves the others sealed.
 """
 
 import errno
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
 import trio
 
 from cascadefs import media
-from cascadefs.config import FILE_BYTES_MAX
+from cascadefs.bulk import NewObject, Shown, Waiting
+from cascadefs.config import FILE_BYTES_MAX, MIB
 from cascadefs.crash import point
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
@@ -27,15 +31,17 @@ from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
 from cascadefs.scheduler import background_may_run
+from cascadefs.staged import Examiner, Staged
 from cascadefs.tiers.files import FileTier
-from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object
+from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object, Print
 
 DOMAIN_BITS = 8  # of a digest's salt, below the domain
 SALTS = 8  # two different contents of one fingerprint have never been seen; eight at once will not be
 RETRY_S = 0.25  # a mapping that outlives close(2) is looked at this often
 INLINE_BYTES = 64 << 10  # read and hashed in 15 us; handing it to a thread would cost the control thread more
+# Of one batch. A writer that opens one of its files waits for all of it: 4 ms.
+BATCH_FILES, BATCH_BYTES = 64, 16 * MIB
 ORPHAN_MODE = 0o100600
-Print = tuple[bytes, int]  # fingerprint and length of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,54 +55,236 @@ class Content:
     domain: int
 
 
+@dataclass(slots=True)
+class Outcome:
+    """Of sealing several files. `busy` have writers, now or before we were done: try again later. `sealed` are no longer
+    staged, for whatever reason. With the others something went wrong: `error` is the first of it."""
+
+    sealed: set[int] = field(default_factory=set)
+    busy: set[int] = field(default_factory=set)
+    sealed_bytes: int = 0  # to be flushed
+    error: OSError | None = None
+
+    def failed(self, e: OSError) -> None:
+        """Remember the first."""
+        self.error = self.error or e
+
+
 class Sealer:
-    """Seals staged files of one store, one at a time for each inode."""
+    """Seals staged files of one store."""
 
     def __init__(self, files: Files) -> None:
         self.files, self.index, self.residency = files, files.index, files.residency
-        self.secret = files.database.identity.secret
+        identity = files.database.identity
+        self.examiner = Examiner(identity.block_bytes, identity.secret, files.residency.cold.buffers)
 
     async def seal(self, ino: int) -> bool:
         """Turn a staged file into an object. False: it has writers, now or before we were done; try again later."""
-        live = self.files.of(ino)
-        try:
-            async with live.lock:
-                inode = self.files.namespace.find(ino)
-                if inode is None or not inode.home or inode.nlink == 0:
-                    return True
-                return not live.writers and await self._seal_locked(live, inode)
-        finally:
-            self.files.forget_if_gone(ino)
+        outcome = Outcome()
+        await self.seal_batch((ino,), outcome)
+        if outcome.error is not None:
+            raise outcome.error
+        return ino not in outcome.busy
 
-    async def _seal_locked(self, live: Live, inode: Inode) -> bool:
-        tier = self.residency.tier_of(inode.home)
-        fd = media.open_file(tier.staged_path(inode.ino), os.O_RDONLY)
+    def batches(self, inos: Sequence[int]) -> Iterator[list[int]]:
+        """In groups of at most BATCH_FILES and about BATCH_BYTES; what is read is as of the moment a group is asked for."""
+        for at in range(0, len(inos), BATCH_FILES):
+            group, total = list[int](), 0
+            found = self.files.bulk.staged(inos[at : at + BATCH_FILES])
+            for ino in inos[at : at + BATCH_FILES]:
+                size = self._staged_bytes(found[ino]) if ino in found else 0
+                if group and total + size > BATCH_BYTES:
+                    yield group
+                    group, total = [], 0
+                group.append(ino)
+                total += size
+            if group:
+                yield group
+
+    async def seal_batch(self, inos: Sequence[int], outcome: Outcome) -> None:
+        """Seal these; tells `outcome` what became of each. One whose lock somebody has waits for it after the others."""
+        held, later = await self._lock(inos)
         try:
-            state = os.fstat(fd)
-            if state.st_size > FILE_BYTES_MAX or not media.lease_is_free(fd):
-                return False
-            if live.source is not None and not state.st_size:
-                return False  # nothing is no object: its readers would be left with a file that no writer knows
-            point("leased")
-            content = await self._content(fd, state.st_size, tier is self.residency.memory, self._domain(inode))
-            point("hashed")
-            if live.source is not None and self.residency.holder(content.digest) is not None:
-                return False  # its readers hold this very file: the double goes when they have closed it
-            self._show_object(live, inode.ino, tier, fd, content)
+            await self._seal_held(held, outcome)
         finally:
-            os.close(fd)
+            for live in held:
+                live.lock.release()
+            for live in held:
+                self.files.forget_if_gone(live.ino)
+        for ino in later:
+            await self.seal_batch((ino,), outcome)
+
+    async def _lock(self, inos: Sequence[int]) -> tuple[list[Live], list[int]]:
+        """(those whose lock we have now, those whose lock is taken). Nobody waits for a lock who holds another."""
+        if len(inos) == 1:
+            live = self.files.of(inos[0])
+            try:
+                await live.acquire()
+            except BaseException:
+                self.files.forget_if_gone(live.ino)
+                raise
+            return [live], []
+        held, later = list[Live](), list[int]()
+        for live in map(self.files.of, inos):
+            if live.is_locked:
+                later.append(live.ino)
+            else:
+                live.lock.acquire_nowait()
+                held.append(live)
+        return held, later
+
+    async def _seal_held(self, held: Sequence[Live], outcome: Outcome) -> None:
+        batch = list(self._candidates(held, outcome))
+        try:
+            await self._examine(batch)
+            fresh, twins = self._told_apart(batch, outcome)
+            self._show_fresh(fresh, outcome)
+            for one in twins:
+                await self._seal_twin(one, outcome)
+        finally:
+            for one in batch:
+                one.close()
+
+    def _candidates(self, held: Sequence[Live], outcome: Outcome) -> Iterator[Staged]:
+        found = self.files.bulk.staged([live.ino for live in held])
+        for live in held:
+            if live.ino not in found:
+                outcome.sealed.add(live.ino)
+            elif live.writers:
+                outcome.busy.add(live.ino)
+            else:
+                inode = found[live.ino]
+                yield Staged(live, self.residency.tier_of(inode.home), self.domain(inode))
+
+    async def _examine(self, batch: Sequence[Staged]) -> None:
+        if len(batch) == 1 and self._is_small(batch[0]):
+            self.examiner.examine(batch)
+        elif batch:
+            await trio.to_thread.run_sync(self.examiner.examine, batch)
+
+    def _is_small(self, one: Staged) -> bool:
+        found = self.files.bulk.staged((one.ino,)).get(one.ino)
+        return found is not None and found.home == Home.MEMORY and self._staged_bytes(found) <= INLINE_BYTES
+
+    def _staged_bytes(self, inode: Waiting) -> int:
+        """0 when there is no staged file: trouble, if it is some, will be met again."""
+        with suppress(OSError):
+            return os.lstat(self.residency.tier_of(inode.home).staged_path(inode.ino)).st_size
+        return 0
+
+    def _told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
+        """(those whose content is new, those whose bytes must be compared with others first)."""
+        readable = list[Staged]()
+        for one in batch:
+            if one.error is not None:
+                outcome.failed(one.error)
+            elif one.is_busy:
+                outcome.busy.add(one.ino)
+            else:
+                one.digest = digest_of(one.size_bytes, (f for f, _ in one.prints), one.domain << DOMAIN_BITS)
+                readable.append(one)
+        point("hashed")
+        seen = self.files.bulk.known([one.digest for one in readable])
+        fresh, twins = list[Staged](), list[Staged]()
+        for one in readable:
+            (twins if one.digest in seen else fresh).append(one)
+            if one.size_bytes:
+                seen.add(one.digest)
+        return fresh, twins
+
+    # --- contents that are new
+
+    def _show_fresh(self, fresh: Sequence[Staged], outcome: Outcome) -> None:
+        """In one transaction. One that the index refuses is tried again file by file: a smaller change may go through."""
+        adopted = [one for one in fresh if self._adopted(one, outcome)]
+        try:
+            self._show(adopted)
+        except BaseException as e:
+            for one in adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
+                self.residency.drop(one.tier, one.digest)
+            if not isinstance(e, OSError):
+                raise
+            if len(adopted) == 1:
+                outcome.failed(e)
+                return
+            for one in adopted:
+                self._show_fresh((one,), outcome)
+            return
+        point("sealed")
+        outcome.sealed.update(one.ino for one in adopted)
+        outcome.sealed_bytes += sum(one.size_bytes for one in adopted)
+        try:
+            self._finish([(one.live, one.tier, one.digest if one.size_bytes else None) for one in adopted])
+        except OSError as e:
+            outcome.failed(e)
+
+    def _adopted(self, one: Staged, outcome: Outcome) -> bool:
+        """Whether the file has the name of its object now."""
+        if one.live.source is not None and self.residency.holder(one.digest) is not None:
+            outcome.busy.add(one.ino)  # its readers hold this very file: the double goes when they have closed it
+            return False
+        try:
+            self.residency.drop_orphans(one.digest)
+            if one.size_bytes:
+                self.residency.adopt(one.tier, one.ino, one.digest, False)
+                point("adopted")
+        except OSError as e:
+            outcome.failed(e)
+            return False
         return True
 
-    def _domain(self, inode: Inode) -> int:
+    def _show(self, batch: Sequence[Staged]) -> None:
+        """The transaction. No await since the adoption; attributes are read again, because chmod and utimens do not wait for
+        the lock."""
+        if not batch:
+            return
+        now = self.files.bulk.staged([one.ino for one in batch])
+        shown = list[Shown]()
+        for one in batch:
+            found = now.get(one.ino) or self.files.namespace.get(one.ino)  # it lost its last name meanwhile
+            mtime_ns, ctime_ns, blocks = _attributes(found, os.fstat(one.fd), one.size_bytes)
+            content = NewObject(one.digest, one.size_bytes, one.prints, one.domain == 0)
+            shown.append(Shown(one.ino, content, mtime_ns, ctime_ns, blocks))
+        with self.files.database.transaction():
+            self.files.dead += self.files.bulk.show(shown)
+
+    def _finish(self, sealed: Sequence[tuple[Live, FileTier, bytes | None]]) -> None:
+        """The rows say so: readers' sources and staged names follow. The digest is of the object that the file became, if it
+        did. OSError at the end: a name that stays is removed at the next opening."""
+        errors = list[OSError]()
+        for live, tier, digest in sealed:
+            if live.source is not None and digest is not None:
+                self.files.sources.rename(live.source, ("object", digest))
+            try:
+                tier.drop_staged(live.ino)
+            except OSError as e:
+                errors.append(e)
+            self.files.sealed(live.ino)
+        self.files.wake()
+        if errors:
+            raise errors[0]
+
+    # --- contents that are known
+
+    async def _seal_twin(self, one: Staged, outcome: Outcome) -> None:
+        """An object of these fingerprints exists, or comes before it in the batch."""
+        try:
+            content = await self.content(one.fd, one.size_bytes, one.prints, one.domain)
+            if one.live.source is not None and self.residency.holder(content.digest) is not None:
+                outcome.busy.add(one.ino)  # as in _adopted()
+                return
+            self._show_object(one.live, one.tier, one.fd, content)
+        except OSError as e:
+            outcome.failed(e)
+        else:
+            outcome.sealed.add(one.ino)
+
+    def domain(self, inode: Inode | Waiting) -> int:
         """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
         return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
 
-    async def _content(self, fd: int, size_bytes: int, in_memory: bool, domain: int) -> Content:
-        """Fingerprints of the blocks, and the object of the same bytes, confirmed by comparing where a copy is at hand."""
-        if in_memory and size_bytes <= INLINE_BYTES:
-            prints = self._fingerprints(fd, size_bytes)
-        else:
-            prints = await trio.to_thread.run_sync(self._fingerprints, fd, size_bytes)
+    async def content(self, fd: int, size_bytes: int, prints: list[Print], domain: int) -> Content:
+        """The object of the same bytes, confirmed by comparing where a copy is at hand."""
         for salt in range(domain << DOMAIN_BITS, (domain << DOMAIN_BITS) + SALTS):
             digest = digest_of(size_bytes, (fingerprint for fingerprint, _ in prints), salt)
             if self.index.find(digest) is None or await self._same_bytes(fd, digest, size_bytes):
@@ -118,68 +306,37 @@ class Sealer:
         finally:
             os.close(copy)
 
-    def _fingerprints(self, fd: int, size_bytes: int) -> list[Print]:
-        """(fingerprint, length) of each block; whole holes are not read. Blocks: in a thread."""
-        step = self.index.block_bytes
-        buffer, result = memoryview(bytearray(min(step, size_bytes) or 1)), list[Print]()
-        zeros: dict[int, bytes] = {}
-        data_from = -1
-        for offset in range(0, size_bytes, step):
-            length = min(step, size_bytes - offset)
-            if data_from < offset:
-                data_from = _next_data(fd, offset, size_bytes)
-            if data_from >= offset + length:
-                if length not in zeros:
-                    zeros[length] = hashing.fingerprint(bytes(length), self.secret)
-                result.append((zeros[length], length))
-            else:
-                result.append((hashing.read_fingerprint(fd, offset, buffer[:length], self.secret), length))
-        return result
-
-    def _show_object(self, live: Live, ino: int, tier: FileTier, fd: int, content: Content) -> None:
-        """The transaction of sealing, and the names of the file around it. No await: nothing changes in between. Attributes are
-        read again, because chmod and utimens do not wait for the lock."""
-        files, adopted = self.files, False
-        inode, state = files.namespace.get(ino), os.fstat(fd)
+    def _show_object(self, live: Live, tier: FileTier, fd: int, content: Content) -> None:
+        """As _show(), for one content that may be known."""
+        files, adopted, ino = self.files, False, live.ino
+        mtime_ns, ctime_ns, blocks = _attributes(files.namespace.get(ino), os.fstat(fd), content.size_bytes)
         if content.known is None:
             self.residency.drop_orphans(content.digest)
         if content.size_bytes and self.residency.holder(content.digest) is None:
-            self.residency.adopt(tier, inode.ino, content.digest, bool(content.known and content.known.durable))
+            self.residency.adopt(tier, ino, content.digest, bool(content.known and content.known.durable))
             adopted = True
             point("adopted")
         try:
             with files.database.transaction():
-                oid = self._object_of(content).oid if content.size_bytes else None
-                keep = oid is not None
-                files.dead += self.index.set_content(inode.ino, Home.NONE, oid, content.size_bytes, keep_fallback=keep)
-                changed = changed_ns(inode, state.st_mtime_ns)
-                blocks = min(state.st_blocks, -(-content.size_bytes // 4096) * 8)  # without what a huge page adds
-                files.namespace.update(inode.ino, mtime_ns=state.st_mtime_ns, ctime_ns=changed, blocks=blocks)
+                if content.known is None:
+                    new = NewObject(content.digest, content.size_bytes, content.prints, content.domain == 0)
+                    files.dead += files.bulk.show([Shown(ino, new, mtime_ns, ctime_ns, blocks)])
+                else:
+                    files.dead += self.index.set_content(ino, Home.NONE, content.known.oid, content.size_bytes)
+                    files.namespace.update(ino, mtime_ns=mtime_ns, ctime_ns=ctime_ns, blocks=blocks)
         except BaseException:
             if adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
                 self.residency.drop(tier, content.digest)
             raise
         point("sealed")
-        tier.drop_staged(inode.ino)
-        if live.source is not None and adopted:
-            files.sources.rename(live.source, ("object", content.digest))
-        files.wake()
-        files.sealed(inode.ino)
-
-    def _object_of(self, content: Content) -> Object:
-        """The object of a content; its rows are made when it is new. Blocks that other objects hold are shared, but not
-        with other domains: their objects share whole contents only."""
-        if content.known is not None:
-            return content.known
-        parts = [(f, length, None if content.domain else self.index.find_block(f, length)) for f, length in content.prints]
-        return self.index.add(content.digest, content.size_bytes, parts)
+        self._finish([(live, tier, content.digest if adopted else None)])
 
     def matches(self, fd: int, blocks: Sequence[Block]) -> bool:
         """Whether a file still holds these blocks. Blocks: in a thread."""
         size_bytes = sum(block.length for block in blocks)
         expected = [(block.fingerprint, block.length) for block in blocks]
         try:
-            return os.fstat(fd).st_size == size_bytes and self._fingerprints(fd, size_bytes) == expected
+            return os.fstat(fd).st_size == size_bytes and self.examiner.fingerprints(fd, size_bytes) == expected
         except OSError:
             return False  # it became shorter meanwhile, or cannot be read
 
@@ -208,10 +365,10 @@ class Sealer:
                 tier = self.residency.tier_of(home)
                 fd = media.open_file(tier.staged_path(holder.ino), os.O_RDONLY)
                 try:
-                    state = os.fstat(fd)
-                    self._show_object(
-                        live, holder.ino, tier, fd, await self._content(fd, state.st_size, False, self._domain(inode))
-                    )
+                    size = os.fstat(fd).st_size
+                    prints = await trio.to_thread.run_sync(self.examiner.fingerprints, fd, size)
+                    content = await self.content(fd, size, prints, self.domain(inode))
+                    self._show_object(live, tier, fd, content)
                 finally:
                     os.close(fd)
         except BaseException:
@@ -239,26 +396,30 @@ class Sealer:
         chosen = (i for i, at in waiting if pressed or (at <= now and background_may_run(quiet, now - at, False)))
         return list(islice(chosen, limit))
 
-    async def seal_due(self, limit: int = 64) -> int:
+    async def seal_due(self, limit: int = BATCH_FILES) -> int:
         """Seal what is due; returns how many. What still has writers is tried again later (a close by a writer, or RETRY_S)."""
-        done = 0
-        for ino in self.due(time.monotonic(), limit) if self.files.to_seal else ():
-            self.files.to_seal.pop(ino, None)
-            sealed = False
-            try:
-                sealed = await self.seal(ino)
-            finally:  # also after an error of the medium
-                if not sealed and ((live := self.files.live.get(ino)) is None or not live.writers):
-                    self.files.to_seal.setdefault(ino, time.monotonic() + RETRY_S)
-            done += sealed
-        return done
+        outcome = Outcome()
+        due = self.due(time.monotonic(), limit) if self.files.to_seal else []
+        for ino in due:
+            del self.files.to_seal[ino]
+        try:
+            for batch in self.batches(due):
+                await self.seal_batch(batch, outcome)
+        finally:  # also after an error of the medium
+            self._try_again(set(due) - outcome.sealed)
+        if outcome.error is not None:
+            raise outcome.error
+        return len(outcome.sealed)
+
+    def _try_again(self, inos: Iterable[int]) -> None:
+        """Those with writers come back when the last has left."""
+        at = time.monotonic() + RETRY_S
+        for ino in inos:
+            if (live := self.files.live.get(ino)) is None or not live.writers:
+                self.files.to_seal.setdefault(ino, at)
 
 
-def _next_data(fd: int, offset: int, size_bytes: int) -> int:
-    """Where the next data are; the size when only a hole follows."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as e:
-        if e.errno == errno.ENXIO:
-            return size_bytes
-        raise
+def _attributes(inode: Inode | Waiting, state: os.stat_result, size_bytes: int) -> tuple[int, int, int]:
+    """(mtime, ctime, blocks) of an inode whose staged file is in that state, once it is sealed."""
+    blocks = min(state.st_blocks, -(-size_bytes // 4096) * 8)  # without what a huge page adds
+    return state.st_mtime_ns, changed_ns(inode, state.st_mtime_ns), blocks

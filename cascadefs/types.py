@@ -14,6 +14,8 @@ class Home(IntEnum):
 
 EMPTY_OID = 0  # as durable_oid: the inode falls back to no bytes at all. No object has this number: they count from 1
 
+Print = tuple[bytes, int]  # fingerprint and length of a block
+
 
 @dataclass(frozen=True, slots=True)
 class Location:

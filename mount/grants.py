@@ -51,9 +51,12 @@ class Grants:
             self._wanted[ino] = None
 
     def give_wanted(self) -> None:
-        """Give some of those that are wanted; none, and take all back, when memory is short."""
+        """Give some of those that are wanted; none, and take all back, when memory is short. None while somebody waits for a
+        flush: for small files they cost as much as the flush itself."""
         if self._memory_is_short:
             self.end_all()
+        if self.store.mover.is_awaited:
+            return
         for ino in list(self._wanted)[:AT_ONCE]:
             del self._wanted[ino]
             try:

@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+from cascadefs.bulk import Bulk, NewObject, Shown
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.index import digest_of
@@ -30,19 +31,19 @@ def stored(index, namespace, cold, database, tmp_path):
     (tmp_path / "data").write_bytes(b"".join(data))
     fd = os.open(tmp_path / "data", os.O_RDONLY)
     prints = [hashing.fingerprint(d, database.identity.secret) for d in data]
-    parts = [(f, size, None) for f, size in zip(prints, SIZES, strict=True)]
     ino = namespace.make(ROOT, b"f", stat.S_IFREG | 0o644, 0, 0).ino
-    with database.transaction():
-        found = index.add(digest_of(sum(SIZES), prints), sum(SIZES), parts)
-        index.set_content(ino, Home.NONE, found.oid, sum(SIZES))
+    digest, bulk = digest_of(sum(SIZES), prints), Bulk(database, index)
+    new = NewObject(digest, sum(SIZES), list(zip(prints, SIZES, strict=True)), True)
+    assert bulk.show([Shown(ino, new, 1, 1, 0)]) == []
+    found = index.find(digest)
     blocks, at, pieces = index.blocks(found.oid), 0, []
     for block in blocks:
         pieces.append(Piece(block.bid, block.fingerprint, fd, at, block.length))
         at += block.length
     placed, end = cold.append(1, cold.create(1), pieces)
     os.close(fd)
-    assert index.place(placed, 1, end) == []
-    assert index.mark_durable(found.oid) == []
+    assert bulk.place(placed, 1, end) == []
+    assert bulk.mark_durable([found.oid]) == []
     return ino, found
 
 

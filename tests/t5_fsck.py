@@ -356,7 +356,7 @@ async def test_a_double_elsewhere_heals(settings):
         piece = Piece(block.bid, block.fingerprint, fd, first.offset + 64, 100_000)
         placed, end = store.residency.cold.append(number, end, [piece])
         os.close(fd)
-        assert store.index.relocate(block.bid, placed[0][1], end) == [first]
+        assert store.files.bulk.relocate(block.bid, placed[0][1], end) == [first]
     flip(path, (placed[0][1].offset + 5000) * 8)
     assert checked(settings).exit_code == 2
     assert checked(settings, repair=True).exit_code == 1

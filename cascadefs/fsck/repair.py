@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cascadefs import media, scan
+from cascadefs.bulk import Bulk
 from cascadefs.database import Database
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
@@ -52,6 +53,7 @@ class Repairer:
         try:
             identity = self.database.identity
             self.index = Index(self.database)
+            self.bulk = Bulk(self.database, self.index)
             self.cold = ColdTier(self.places.extents, identity.store_id, identity.secret)
             self._apply(findings, tuple(rest))
             self.database.connection.execute("UPDATE manifests SET snapshot=snapshot & 1")  # what they say may be old
@@ -211,7 +213,7 @@ class Repairer:
                 number = self.index.next_extent() if found is None else found[0]
                 position = self.cold.create(number) if found is None else found[1]
                 placed, end = self.cold.append(number, position, [Piece(bid, fingerprint, fd, at, length)])
-                self._dead += self.index.relocate(bid, placed[0][1], end)
+                self._dead += self.bulk.relocate(bid, placed[0][1], end)
                 return
         raise CorruptRecord(f"block {bid} has no good copy")
 

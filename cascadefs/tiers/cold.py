@@ -93,7 +93,7 @@ class ColdTier:
             try:
                 placed, position = self._write_batches(fd, number, position, _batches(pieces))
                 if manifest is not None:
-                    with self._pack_manifest(position, manifest) as data:
+                    with self.pack_manifest(position, manifest) as data:
                         media.write_fully(fd, data, position)
                     position += record_bytes(len(manifest))
             except OSError:
@@ -106,7 +106,8 @@ class ColdTier:
             os.close(fd)
         return placed, position
 
-    def _pack_manifest(self, position: int, manifest: bytes) -> mmap.mmap:
+    def pack_manifest(self, position: int, manifest: bytes) -> mmap.mmap:
+        """The record of a manifest that will lie at `position`."""
         data = mmap.mmap(-1, record_bytes(len(manifest)))
         fingerprint = hashing.fingerprint(manifest, self.secret)
         header = encode_record_header(RecordHeader(fingerprint, len(manifest), position, MANIFEST))

@@ -201,6 +201,7 @@ class Visit:
         await self.put("small", DATA[100:9000])
         await self.append("blocks", DATA[:700], sync=True)
         await self.append("twin", DATA[:5000], sync=False)
+        await self.append("twin", DATA[:40_000], sync=True)  # longer than a batch
         await self.rename("twin", "moved")
         await self.rounds()
         await self.unlink("small")

@@ -31,7 +31,7 @@ KIB = 1024
 BLOCK_BYTES, EXTENT_BYTES, BATCH_BYTES = 8 * KIB, 96 * KIB, 48 * KIB
 SIZES = (0, 1, 700, 4 * KIB, 8 * KIB, 9000, 20 * KIB)
 NAMES = [f"f{i}" for i in range(9)]
-CHECKPOINT_EVERY = 200  # pages of WAL, instead of 32000: several checkpoints in one recording
+CHECKPOINT_EVERY = 50  # pages of WAL, instead of 32000: several checkpoints in one recording
 
 _library = ctypes.CDLL(None)
 
@@ -105,7 +105,7 @@ class Recorder:
             await self.put(_)
 
     async def append(self, name: str) -> None:
-        more = self.random.randbytes(self.random.choice((1, 500, 9000)))
+        more = self.random.randbytes(self.random.choice((1, 500, 9000, BATCH_BYTES)))
         await self.change(name, len(self.files[name]), more)
 
     async def cut(self, name: str) -> None:

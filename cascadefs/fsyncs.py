@@ -1,0 +1,214 @@
+"""fsync of files that have writers: their bytes go straight into the open extent, many callers in one append.
+
+Owns: the queue of those who wait. The file stays staged; what is durable becomes what its inode falls back to. Invariants:
+(1) What was written before a call to make_durable() is durable when it answers True: reading begins after the call.
+(2) Order: records, fdatasync, one transaction, sync of the index. Nothing of a capture is known before that transaction; when
+    the world has changed in between, so that it would be wrong, the capture is made again.
+(3) What goes wrong with one file is told to its caller only.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from cascadefs import media
+from cascadefs.bulk import Captured, NewObject, Unplaced
+from cascadefs.crash import point
+from cascadefs.errors import UnreadableCopy
+from cascadefs.ext import hashing
+from cascadefs.extent import OpenExtent
+from cascadefs.files import Files
+from cascadefs.journal import Journal, Taken, encoded
+from cascadefs.live import take
+from cascadefs.record import record_bytes
+from cascadefs.sealing import Content, Sealer
+from cascadefs.tiers.capture import Capture, Subject
+from cascadefs.types import Home, Location, Print
+
+FILES, BYTES = 64, 16 << 20  # of one append, unless a single file is longer: those who come later wait for it
+INLINE_BYTES = 64 << 10  # read and hashed in 15 us, in which no thread would begin
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    ino: int
+    is_done: bool = False
+    is_durable: bool = False
+    error: OSError | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """A staged file that is being captured."""
+
+    ino: int
+    domain: int  # of deduplication
+    is_near: bool  # in memory
+    subject: Subject
+
+
+class Fsyncs:
+    """Of one store. `sync_index` as the mover has it."""
+
+    def __init__(
+        self, files: Files, sealer: Sealer, journal: Journal, extent: OpenExtent, sync_index: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._files, self._sealer, self._journal, self._extent = files, sealer, journal, extent
+        self._sync_index = sync_index
+        self._waiting = list[_Request]()
+
+    async def make_durable(self, ino: int) -> bool:
+        """Whether the bytes of a staged file are durable now. False: it is not staged any more, nothing was done."""
+        request = _Request(ino)
+        self._waiting.append(request)
+        try:
+            await take(self._extent.lock)
+            try:
+                if not request.is_done:
+                    await self._serve_next()
+            finally:
+                self._extent.lock.release()
+        finally:
+            if request in self._waiting:
+                self._waiting.remove(request)
+        if request.error is not None:
+            raise request.error
+        if request.is_durable:
+            await self._sync_index()
+        return request.is_durable
+
+    async def _serve_next(self) -> None:
+        batch = self._next_batch()
+        try:
+            await self._serve(batch)
+        except BaseException:  # cancelled: the next in the queue has the lock soon
+            self._waiting[:0] = [request for request in batch if not request.is_done]
+            raise
+
+    def _next_batch(self) -> list[_Request]:
+        """The first of the queue, and others that fit with them. The lock is fair: the caller is one of them."""
+        total, batch = 0, list[_Request]()
+        for request in self._waiting:
+            total += self._bytes_of(request.ino)
+            if batch and (total > BYTES or len(batch) == FILES):
+                break
+            batch.append(request)
+        del self._waiting[: len(batch)]
+        return batch
+
+    def _bytes_of(self, ino: int) -> int:
+        inode = self._files.namespace.find(ino)
+        return self._files.with_staged(inode).size if inode is not None else 0
+
+    async def _serve(self, batch: Sequence[_Request]) -> None:
+        """Everybody's answer. Where many fail together each is tried alone."""
+        try:
+            durable = await self._captured({request.ino for request in batch})
+            for request in batch:
+                request.is_durable = request.ino in durable
+        except OSError as e:
+            if len(batch) == 1:
+                batch[0].error = e
+            else:
+                for request in batch:
+                    await self._serve((request,))
+        for request in batch:
+            request.is_done = True
+
+    async def _captured(self, inos: set[int]) -> set[int]:
+        """Those that were staged until their bytes were durable. The index is not synced yet."""
+        while True:
+            taken = await self._journal.changes(())
+            shared: dict[Print, Location] = {}
+            opened = list[_Open]()
+            try:
+                for ino in sorted(inos):
+                    opened += self._opened(ino, shared)
+                durable = await self._write(opened, taken) if opened else None
+            except BaseException:
+                self._journal.not_written(taken)
+                raise
+            finally:
+                for one in opened:
+                    os.close(one.subject.fd)
+            if durable is not None:
+                return durable
+            self._journal.not_written(taken)
+            if not opened:
+                return set()
+
+    def _opened(self, ino: int, shared: dict[Print, Location]) -> list[_Open]:
+        inode = self._files.namespace.find(ino)
+        if inode is None or not inode.home:
+            return []
+        fd = media.open_file(self._files.staged_path(inode), os.O_RDONLY)
+        domain = self._sealer.domain(inode)
+        places = {} if domain else shared
+        is_near = inode.home == Home.MEMORY
+        return [_Open(ino, domain, is_near, Subject(fd, os.fstat(fd).st_size, not domain, places))]
+
+    async def _write(self, opened: Sequence[_Open], taken: Taken) -> set[int] | None:
+        """None: the index is not any more as it was when it was asked what lacks a place."""
+        number, position = await self._extent.tail()
+        manifest = await encoded(taken.manifest)
+        try:
+            end = await self._append(opened, number, position, manifest)
+        except UnreadableCopy:
+            raise  # the extents are not to blame
+        except OSError as e:
+            self._files.database.health.failed("cold tier", e)
+            raise
+        self._files.database.health.worked("cold tier")
+        point("appended")
+        contents = list[tuple[_Open, Content]]()
+        for one in opened:
+            subject = one.subject
+            contents.append((one, await self._sealer.content(subject.fd, subject.size_bytes, subject.prints, one.domain)))
+        durable = self._commit(contents, taken, Location(number, end - record_bytes(len(manifest)), len(manifest)), manifest)
+        if durable is not None:
+            point("durable")
+            await self._extent.seal_if_full(number, end)
+            self._files.wake()
+        return durable
+
+    async def _append(self, opened: Sequence[_Open], number: int, position: int, manifest: bytes) -> int:
+        files, subjects = self._files, [one.subject for one in opened]
+        cold, step, lacking = files.residency.cold, files.index.block_bytes, files.bulk.lacking
+        if all(one.is_near for one in opened) and sum(subject.size_bytes for subject in subjects) <= INLINE_BYTES:
+            capture = Capture(cold, step, number, position, lacking)
+            capture.pack(subjects, manifest)
+            return await trio.to_thread.run_sync(capture.write)
+
+        def lacking_from_thread(prints: Sequence[Print]) -> set[Print]:
+            return trio.from_thread.run_sync(lacking, prints)
+
+        capture = Capture(cold, step, number, position, lacking_from_thread)
+        return await trio.to_thread.run_sync(capture.run, subjects, manifest)
+
+    def _commit(
+        self, contents: Sequence[tuple[_Open, Content]], taken: Taken, at: Location, manifest: bytes
+    ) -> set[int] | None:
+        """The transaction. What is not staged any more is left out: its writer has gone, it will be flushed as an object."""
+        files, kept = self._files, list[Captured]()
+        staged = files.bulk.staged([one.ino for one, _ in contents])
+        for one, content in contents:
+            if one.ino not in staged:
+                continue
+            if content.size_bytes and content.known != files.index.find(content.digest):
+                return None
+            new = NewObject(content.digest, content.size_bytes, content.prints, one.subject.shares)
+            kept.append(Captured(one.ino, new, one.subject.places))
+        written = {place for one, _ in contents for place in one.subject.places.values()}
+        try:
+            with files.database.transaction():
+                files.dead += files.bulk.keep(kept, at.extent, at.offset + record_bytes(at.length))
+                files.dead += written - files.bulk.in_use(written)
+                files.dead += self._journal.written(taken, at, hashing.fingerprint(manifest, files.database.identity.secret))
+                for captured in kept:
+                    files.namespace.update(captured.ino, size=files.attributes(captured.ino).size)
+        except Unplaced:
+            return None
+        self._extent.placed |= {content.digest: None for _, content in contents if content.known and not content.known.durable}
+        return {captured.ino for captured in kept}

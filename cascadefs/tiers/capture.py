@@ -1,0 +1,174 @@
+"""Files that somebody may be writing go straight into an extent: each block is read once, hashed where it lies, and written.
+
+Owns: the records of one such append; which of the blocks need one is asked of the caller. Knows no index and no inode.
+Everything blocks. Invariants:
+(1) The payload of a record is what its fingerprint was computed from, whatever happens to the file meanwhile.
+(2) run() returns after fdatasync: whoever commits the places afterwards commits durable ones. Before, no index knows of them,
+    and the next append to the extent begins where this one began.
+(3) Among files that share blocks each block is written once.
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cascadefs import media
+from cascadefs.config import MIB
+from cascadefs.crash import point
+from cascadefs.errors import UnreadableCopy
+from cascadefs.ext import hashing
+from cascadefs.record import HEADER_BYTES, RecordHeader, encode_record_header, record_bytes
+from cascadefs.tiers.cold import WRITE_BYTES, ColdTier
+from cascadefs.tiers.flight import Writes
+from cascadefs.types import Location, Print
+
+FIRST_BYTES = WRITE_BYTES // 2  # of the first write, before which nothing is on its way
+NO_BLOCK = 0  # they have no numbers yet, and those count from 1
+Lacking = Callable[[Sequence[Print]], set[Print]]
+
+
+@dataclass(eq=False, slots=True)
+class Subject:
+    """An open file of at least `size_bytes`. `places` is one dictionary for all files that share their blocks."""
+
+    fd: int
+    size_bytes: int
+    shares: bool
+    places: dict[Print, Location]
+    prints: list[Print] = field(default_factory=list)
+
+
+Part = tuple[Subject, int, int]  # offset and length of a block
+
+
+class Capture:
+    """One append to extent `number` from `position` on. `lacking`: which of these blocks have no place in the cold tier."""
+
+    def __init__(self, cold: ColdTier, block_bytes: int, number: int, position: int, lacking: Lacking) -> None:
+        self._cold, self._block_bytes, self._lacking = cold, block_bytes, lacking
+        self._number, self._start, self._end = number, position, position
+        self._packed: tuple[mmap.mmap, int] | None = None
+
+    def pack(self, subjects: Sequence[Subject], manifest: bytes) -> None:
+        """The first half of run(), for little: read without a thread, before write() in one."""
+        group = [part for parts in _groups(subjects, self._block_bytes) for part in parts]
+        data = self._cold.buffers.take(max(MIB, _room(group, manifest)))  # of a size that is kept
+        self._packed = data, self._fill(data, group, manifest)
+
+    def write(self) -> int:
+        """Write what was packed; the new end."""
+        assert self._packed is not None
+        data, used = self._packed
+        with self._opened() as fd:
+            self._put(fd, data, used)
+        return self._end
+
+    def run(self, subjects: Sequence[Subject], manifest: bytes) -> int:
+        """Write what is lacking, and a manifest behind it; fill in prints and places. The new end."""
+        groups = list(_groups(subjects, self._block_bytes)) or [[]]
+        with self._opened() as fd:
+            if len(groups) == 1:
+                data = self._cold.buffers.take(_room(groups[0], manifest))
+                self._put(fd, data, self._fill(data, groups[0], manifest))
+            else:
+                self._write_groups(fd, groups, manifest)
+        return self._end
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The extent, to be written from where it ends; synced afterwards, or as before."""
+        fd = media.open_direct(self._cold.path(self._number), os.O_RDWR)
+        try:
+            media.truncate(fd, self._start)
+            try:
+                yield fd
+            except OSError:
+                with contextlib.suppress(OSError):
+                    media.truncate(fd, self._start)  # a full disk gets back at once what a half batch took
+                raise
+            point("written")
+            media.sync_data(fd)
+        finally:
+            os.close(fd)
+
+    def _put(self, fd: int, data: mmap.mmap, used: int) -> None:
+        """A single write needs no thread."""
+        with memoryview(data) as view, view[:used] as part:
+            media.write_fully(fd, part, self._end)
+        self._cold.buffers.give(data)
+        self._end += used
+
+    def _write_groups(self, fd: int, groups: Sequence[Sequence[Part]], manifest: bytes) -> None:
+        """The next group is read while the last is on its way."""
+        with Writes(fd, self._cold.buffers) as writes:
+            for group in groups:
+                tail = manifest if group is groups[-1] else None
+                data = writes.buffer(_room(group, tail))
+                used = self._fill(data, group, tail)
+                writes.put(data, used, self._end)
+                self._end += used
+            writes.finish()
+
+    def _fill(self, data: mmap.mmap, group: Sequence[Part], manifest: bytes | None) -> int:
+        """Records of the blocks that are lacking, and the manifest, at the beginning of the buffer; how long they are."""
+        at, found = 0, list[tuple[Subject, Print, int]]()
+        with memoryview(data) as view:
+            for subject, offset, length in group:
+                with view[at + HEADER_BYTES : at + HEADER_BYTES + length] as payload:
+                    fingerprint = self._read(subject.fd, offset, payload)
+                found.append((subject, (fingerprint, length), at))
+                subject.prints.append((fingerprint, length))
+                at += record_bytes(length)
+            lacking = self._lacking([one for subject, one, _ in found if subject.shares and one not in subject.places])
+            used = 0
+            for subject, one, at in found:
+                if one not in subject.places and (one in lacking or not subject.shares):
+                    subject.places[one] = self._frame(view, at, used, one)
+                    used += record_bytes(one[1])
+        if manifest is not None:
+            with self._cold.pack_manifest(self._end + used, manifest) as packed:
+                data[used : used + len(packed)] = packed[:]
+                used += len(packed)
+        return used
+
+    def _read(self, fd: int, offset: int, payload: memoryview) -> bytes:
+        try:
+            return hashing.read_fingerprint(fd, offset, payload, self._cold.secret)
+        except OSError as e:
+            if os.fstat(fd).st_size >= offset + len(payload):
+                raise UnreadableCopy(e, NO_BLOCK) from e
+        got = media.read_fully(fd, payload, offset)  # it shrank meanwhile: what is missing reads as zeros
+        payload[got:] = bytes(len(payload) - got)
+        return hashing.fingerprint(payload, self._cold.secret)
+
+    def _frame(self, view: memoryview, at: int, to: int, one: Print) -> Location:
+        """Make the payload that was read for a record at `at` a record at `to`, which is not behind it."""
+        fingerprint, length = one
+        begin, end = to + HEADER_BYTES, to + HEADER_BYTES + length
+        if to != at:
+            view[begin:end] = view[at + HEADER_BYTES : at + HEADER_BYTES + length]
+        view[to:begin] = encode_record_header(RecordHeader(fingerprint, length, self._end + to))
+        view[end : to + record_bytes(length)] = bytes(to + record_bytes(length) - end)
+        return Location(self._number, self._end + to, length)
+
+
+def _room(group: Sequence[Part], manifest: bytes | None) -> int:
+    """Bytes of all records that there may be."""
+    return sum(record_bytes(length) for _, _, length in group) + (0 if manifest is None else record_bytes(len(manifest)))
+
+
+def _groups(subjects: Sequence[Subject], block_bytes: int) -> Iterator[list[Part]]:
+    """Blocks of all files, in groups of at most FIRST_BYTES, then WRITE_BYTES, of payload, or of one block."""
+    group, filled, limit = list[Part](), 0, FIRST_BYTES
+    for subject in subjects:
+        for offset in range(0, subject.size_bytes, block_bytes):
+            length = min(block_bytes, subject.size_bytes - offset)
+            if group and filled + length > limit:
+                yield group
+                group, filled, limit = [], 0, WRITE_BYTES
+            group.append((subject, offset, length))
+            filled += length
+    if group:
+        yield group
