@@ -62,6 +62,9 @@ cdef enum:  # what attributes.py says, too
     STAGED_S = 30
     SETTLED_S = 3600
     BLOCK_BYTES = 4096
+    FOLDER_BLOCK_BYTES = 131072
+    MODE_TYPE = 0o170000
+    MODE_FOLDER = 0o040000
     MODE_REGULAR = 0o100000
     MODE_SETGID = 0o2000
     OPEN_ACCMODE = 0o3

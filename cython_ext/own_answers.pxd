@@ -11,6 +11,7 @@ from cython_ext.event_queue cimport EventQueue, events_free, events_init, events
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
+from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init
 from cython_ext.name_table cimport NameTable, name_hash, names_add, names_free, names_init, names_lack, names_remove
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
@@ -28,6 +29,7 @@ ctypedef struct Known:
     EventQueue events
     CreatePool creates
     GrantTable grants
+    ListingQueue listings
 
 
 cdef inline int known_init(Known *known, void *event_memory, void *create_memory) noexcept nogil:
@@ -35,7 +37,7 @@ cdef inline int known_init(Known *known, void *event_memory, void *create_memory
     events_init(&known.events, event_memory)
     creates_init(&known.creates, create_memory)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
-            or grants_init(&known.grants))
+            or grants_init(&known.grants) or listings_init(&known.listings))
 
 
 cdef inline void known_free(Known *known) noexcept nogil:
@@ -46,6 +48,7 @@ cdef inline void known_free(Known *known) noexcept nogil:
     events_free(&known.events)
     creates_free(&known.creates)
     grants_free(&known.grants)
+    listings_free(&known.listings)
 
 
 cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:
