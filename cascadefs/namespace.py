@@ -98,16 +98,17 @@ class Namespace:
 
     def packed_listing(self, function: str, parent: int, after: int, room: int, most: int) -> bytes:
         """What an aggregate function of SQL's makes of the entries with cookie > `after`, the first `most`, in stable order."""
-        return self._db.execute(
-            f"SELECT {function}(?, {_PACKED}) FROM (SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino "
-            "WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?)",
+        row = self._db.execute(
+            f"SELECT {function}(?, {_PACKED}) FROM (SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i "
+            "ON i.ino=e.ino WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?)",
             (room, parent, after, most),
-        ).fetchone()[0]
+        ).fetchone()
+        return bytes(row[0])
 
     def packed(self, function: str, ino: int, name: bytes, cookie: int) -> bytes:
         """The same of one inode under a name and cookie of its own."""
         statement = f"SELECT {function}(?, {_PACKED}) FROM (SELECT ? id, ? name, * FROM inodes WHERE ino=?)"
-        return self._db.execute(statement, (ONE_BYTES, cookie, name, ino)).fetchone()[0]
+        return bytes(self._db.execute(statement, (ONE_BYTES, cookie, name, ino)).fetchone()[0])
 
     def all_names(self, page: int = 1024) -> Iterator[list[tuple[int, bytes]]]:
         """(folder, name) of every entry that is there when its page is read; between pages the tree may change."""

@@ -27,7 +27,7 @@ from cython_ext.message_io cimport (
     await_ready, count, is_told_once, least_bytes, recv)
 from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
-from cython_ext.own_answers cimport Known, allocate_file, keep_release, known_free, known_init, make_file, open_file, seek_file
+from cython_ext.own_answers cimport Known, allocate_file, keep_release, known_free, known_init, make_file, open_file, open_folder, seek_file
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
@@ -398,6 +398,8 @@ cdef class Transport:
         if head.opcode == FUSE_LSEEK:
             code = seek_file(&self.known, message, &sought)
             return answer(&self.wire, head.unique, code, &sought, sizeof(sought))
+        if head.opcode in (FUSE_OPENDIR, FUSE_RELEASEDIR) and open_folder(&self.known, head, &opened):
+            return answer(&self.wire, head.unique, 0, &opened, sizeof(opened) if head.opcode == FUSE_OPENDIR else 0)
         if head.opcode == FUSE_READDIRPLUS and listings_put(&self.known.listings, message):
             return 0
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB

@@ -1,5 +1,5 @@
-# The entries of a folder as the kernel reads them, packed inside SQLite: an aggregate function turns rows into the body of one answer
-# to READDIRPLUS. A row as Python objects costs four times what SQLite needs to find it.
+# The entries of a folder as the kernel reads them, packed inside SQLite: an aggregate function turns rows into the body of one
+# answer to READDIRPLUS. A row as Python objects costs four times what SQLite needs to find it.
 #
 # Owns: struct fuse_direntplus. Knows no folder and no handle; the rows are its caller's. Invariants:
 # (1) Rows come with ascending cookies, or the statement fails. (2) An entry is whole or not there, and so are those after it.
@@ -123,7 +123,7 @@ cdef void step(sqlite3_context *context, int count, sqlite3_value **of) noexcept
         return
     if packing.entries == NULL and not packing.full:
         packing.room = <int>sqlite3_value_int64(of[0])
-        packing.entries = <uint8_t *>sqlite3_malloc(packing.room)
+        packing.entries = <uint8_t *>sqlite3_malloc(max(packing.room, 1))
         if packing.entries == NULL:
             packing.full = True
             sqlite3_result_error_nomem(context)
@@ -156,7 +156,7 @@ cdef int register(sqlite3 *db, char **why, const void *routines) noexcept nogil:
 
 
 def offer():
-    """Connections that are opened from now on have the function FUNCTION; not so where sqlite3 brings a library of its own."""
+    """Connections that are opened from now on have the function FUNCTION, unless Python's sqlite3 has a library of its own."""
     if sqlite3_auto_extension(<void (*)() noexcept nogil><void *>register) != SQLITE_OK:
         raise MemoryError()
 

@@ -1,8 +1,9 @@
 # Requests for the entries of a folder (READDIRPLUS) that wait for Python, which answers each with one call and without pyfuse3.
 #
-# Owns: a ring of bounded size, and the eventfd that wakes Python. A .pxd of inline functions, compiled into fuse_transport. Knows
-# no entry. Invariants: (1) What is refused is pyfuse3's: a full ring, the folders of .cascade, a request that is sent again, all
-# before Python says that it takes them. (2) Each request is handed out once. (3) The mutex is held for a few memory accesses only.
+# Owns: a ring of bounded size, and the eventfd that wakes Python. A .pxd of inline functions, compiled into fuse_transport.
+# Knows no entry. Invariants: (1) What is refused is pyfuse3's: when the ring is full, the folders of .cascade, a request that is
+# sent again, and all before Python says that it takes them. (2) Each request is handed out once. (3) The mutex is held for a few
+# memory accesses only.
 
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (

@@ -12,7 +12,7 @@ from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
 from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init
-from cython_ext.name_table cimport NameTable, name_hash, names_add, names_free, names_init, names_lack, names_remove
+from cython_ext.name_table cimport VIRTUAL_SHIFT, NameTable, name_hash, names_add, names_free, names_init, names_lack, names_remove
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
 from libc.errno cimport EBADF, EOPNOTSUPP
@@ -91,6 +91,12 @@ cdef inline bint open_file(Known *known, const uint8_t *message, fuse_open_out *
         return False
     edit_open(&known.handles, answer)
     return True
+
+
+cdef inline bint open_folder(Known *known, const fuse_in_header *head, fuse_open_out *answer) noexcept nogil:
+    """OPENDIR; its handle is its inode, so there is nothing to remember and nothing to release. Those of .cascade are Python's."""
+    answer.fh, answer.open_flags, answer.backing_id = head.nodeid, 0, 0
+    return known.listings.taken_by_python and not head.nodeid >> VIRTUAL_SHIFT
 
 
 cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nogil:

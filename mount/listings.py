@@ -39,14 +39,18 @@ class Listings:
             await trio.lowlevel.wait_readable(wake_fd)
 
     def _answer(self, request: int, folder: int, position: int, room: int) -> None:
-        self.transport.take_replies()  # others need not wait for what follows
         try:
-            self.answered.prepare("readdir")
-            dots = self._dots(folder, position)
-            entries, inodes = self._entries(folder, max(0, position - listing.DOTS), room - len(dots))
+            self.transport.take_replies()  # others need not wait for what follows
+            self._answer_or_fail(request, folder, position, room)
         except Exception as e:
             self.transport.answer_listing(request, b"", errno_of("readdirplus", e))
-            return
+
+    def _answer_or_fail(self, request: int, folder: int, position: int, room: int) -> None:
+        self.answered.prepare("readdir")
+        if position == 0:
+            self.answered.catch_up()
+        dots = self._dots(folder, position)
+        entries, inodes = self._entries(folder, max(0, position - listing.DOTS), room - len(dots))
         self.files.lookups.update(inodes)
         point("answer")
         if not self.transport.answer_listing(request, dots + entries if dots else entries):

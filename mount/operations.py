@@ -232,7 +232,7 @@ class Operations(pyfuse3.Operations):
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """READDIRPLUS that listings.py does not answer. Positions: 1 and 2 after the two dots, then DOTS more than the namespace's cookies."""
+        """READDIRPLUS that listings.py does not answer. Positions: 1 and 2 after the dots, then DOTS more than the cookies."""
         for position, name, inode in self._dots_and(fh, start_id):
             dot, shown = position <= DOTS, is_virtual(inode.ino)
             attributes = entry(inode, cached=False) if shown else entry(self.files.with_staged(inode))
