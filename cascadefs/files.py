@@ -147,12 +147,13 @@ class Files:
         if self._is_unused(ino):
             self._leave_if_orphan(ino)
 
-    def forget_all_gone(self, inos: Sequence[int]) -> None:
-        """The same of many. The kernel forgets a hundred thousand at once: one question tells the few without a name."""
-        unused = [ino for ino in inos if self._is_unused(ino)]
+    def forget_all_gone(self, inos: set[int]) -> None:
+        """The same of many that are not among `lookups`. The kernel forgets a hundred thousand at once: nothing is done for
+        each, and one question tells the few without a name."""
+        unused = inos - {ino for ino in self.live.keys() & inos if not self._is_unused(ino)}
+        self.readers -= unused
         if len(unused) > FEW:
-            orphans = set(self.namespace.orphans())
-            unused = [ino for ino in unused if ino in orphans]
+            unused &= set(self.namespace.orphans())
         for ino in unused:
             self._leave_if_orphan(ino)
 

@@ -192,19 +192,21 @@ cdef int renew_all(uint8_t *entries, size_t size, const char *memory, const char
     return code
 
 
-def inodes(bytes entries):
-    """The inode of each entry: ([all of them], whether some are staged)."""
+def told(bytes entries):
+    """What an answer tells of: ([the inode of each entry], whether some are staged, the position after the last)."""
     cdef const char *data = PyBytes_AS_STRING(entries)
     cdef size_t at = 0, size = <size_t>PyBytes_GET_SIZE(entries)
     cdef const DirentPlus *entry
     cdef list found = []
     cdef bint staged = False
+    cdef uint64_t end = 0
     while at < size:
         entry = <const DirentPlus *>(data + at)
         found.append(entry.nodeid)
         staged = staged or entry.attr_valid_nsec != 0
+        end = entry.off
         at += entry_bytes(entry.namelen)
-    return found, staged
+    return found, staged, end
 
 
 def renewed(bytes entries, bytes memory, bytes parking):

@@ -116,12 +116,12 @@ class Answered:
 
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
         """The kernel has dropped so many of its references to these inodes."""
-        lookups, unknown = self.files.lookups, list[int]()
+        lookups, unknown = self.files.lookups, set[int]()
         for ino, times in forgotten:
-            left = lookups.get(ino, 0) - times
+            left = lookups.pop(ino, 0) - times
             if left > 0:
                 lookups[ino] = left
             else:
-                lookups.pop(ino, None)
-                unknown.append(ino)
-        self.files.forget_all_gone(unknown)
+                unknown.add(ino)
+        if unknown:
+            self.files.forget_all_gone(unknown)

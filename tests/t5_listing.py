@@ -69,13 +69,14 @@ def test_the_kernel_packs_what_its_twin_packs(names, seed):
     for room in (512, 4096, 32 << 10, 128 << 10):
         after, found = 0, list[bytes]()
         while entries := names.packed_listing(listing.FUNCTION, ROOT, after, room, room // listing.ENTRY_BYTES):
-            inodes, staged = listing.inodes(entries)
+            inodes, staged, end = listing.told(entries)
             part = rows[len(found) : len(found) + len(inodes)]
             assert staged == any(inode.home for _, _, inode in part)
             assert listing.renewed(entries, b"/nowhere", b"/nowhere") == b"".join(packed(*row) for row in part)
             assert [inode.ino for _, _, inode in part] == inodes
             nxt = rows[len(found) + len(part) :][:1]
             assert not nxt or len(entries) + len(packed(*nxt[0])) > room or len(part) == room // listing.ENTRY_BYTES
+            assert end == part[-1][0] + listing.DOTS
             after, found = part[-1][0], found + part
         assert len(found) == len(rows)
     dot = names.packed(listing.FUNCTION, ROOT, b"..", 2 - listing.DOTS)
@@ -270,6 +271,42 @@ def test_stat_after_a_listing_asks_nobody(mount):
     looking = 50  # what `cascadefs status` itself asks
     assert after["lookup"] - before["lookup"] < looking and after["getattr"] - before["getattr"] < looking
     assert after["forwarded"] - before["forwarded"] < looking
+
+
+def names_of(i):
+    return f"{i:04d}"
+
+
+def append(path):
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"more")
+
+
+def move(path):
+    path.rename(path.with_name(f"moved-{path.name}"))
+
+
+def test_an_answer_made_ahead_tells_what_is_so_when_it_is_sent(mount):
+    mount.start()
+    for i in range(1200):
+        (mount.path / names_of(i)).write_bytes(b"%d" % (i % 7) * 100)
+    mount.flush()
+    changed = [mount.path / names_of(i) for i in range(900, 1000)]
+    with open(mount.path / names_of(1100), "wb", buffering=0) as writer:
+        for change in (None, lambda path: path.chmod(0o600), append, move):
+            with os.scandir(mount.path) as entries:
+                next(entries)
+                time.sleep(0.05)  # the first answer has 819 names; the second is made ahead meanwhile
+                writer.write(b"grows" * 1000)
+                for path in changed if change else ():
+                    change(path)
+                seen = {entry.name for entry in entries}
+            assert os.stat(mount.path / names_of(1100)).st_size == writer.tell()
+            if change is not move:
+                assert all(RememberedStat().of(path)[1] == AskedStat().of(path)[1] for path in changed)
+    assert {path.stat().st_mode & 0o777 for path in mount.path.glob("moved-*")} == {0o600}
+    assert {path.stat().st_size for path in mount.path.glob("moved-*")} == {104}
+    assert {f"moved-{path.name}" for path in changed} <= seen and not {path.name for path in changed} & seen
 
 
 def test_what_was_listed_goes_when_it_is_removed(mount):
