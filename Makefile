@@ -8,7 +8,7 @@ CLIENTS := .venv-clients
 MNT ?= /cascade
 PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
-APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev pkg-config gcc python3-dev python3-venv
+APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev libsqlite3-dev pkg-config gcc python3-dev python3-venv
 JUDGE_PACKAGES := stress-ng fio
 BENCH_PACKAGES := redis-server
 # Installed with --no-deps: what they need to read and write files is in the extra `bench`; the rest is CUDA and serving.

@@ -10,6 +10,7 @@ Options.warning_errors = True
 Errors.LEVEL = 1
 
 KERNELS = sorted(Path("cython_ext").glob("*.pyx"))
+LIBRARIES = {"hashing": ["xxhash"], "index_pages": ["xxhash"], "listing": ["sqlite3"]}
 
 setup(
     ext_modules=cythonize(
@@ -20,7 +21,7 @@ setup(
                 depends=[str(header) for header in Path("cython_ext").glob("*.pxd")],
                 extra_compile_args=["-O3", "-pthread"],
                 extra_link_args=["-pthread"],
-                libraries=["xxhash"] if kernel.stem in ("hashing", "index_pages") else [],
+                libraries=LIBRARIES.get(kernel.stem, []),
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"), ("_GNU_SOURCE", "1")],
             )
             for kernel in KERNELS

@@ -339,6 +339,10 @@ class Database:
         if self.health.troubles and not self._suspect and self.connection.total_changes > before:
             self.health.worked("index")
 
+    def has_function(self, name: str) -> bool:
+        """Whether SQL knows a function of that name."""
+        return self.connection.execute("SELECT 1 FROM pragma_function_list WHERE name=?", (name,)).fetchone() is not None
+
     def _roll_back(self) -> None:
         """After some errors SQLite has done it itself; after others the transaction is open, and the next would join it."""
         if self.connection.in_transaction:

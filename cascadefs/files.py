@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
+FEW = 16  # a question about one inode costs as much as one about all orphans, when there are few
 DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 
@@ -43,7 +45,7 @@ class Files:
         self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
         self.live: dict[int, Live] = {}
-        self.lookups: dict[int, int] = {}  # ino -> how often the kernel was told of it and has not forgotten
+        self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
         self.maps_unseen = False  # whether mappings outlive their handles unseen, as they do in passthrough
         self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
@@ -144,14 +146,32 @@ class Files:
 
     def forget_if_gone(self, ino: int) -> None:
         """Drop the running state; drop the inode, too, when it has no name any more."""
+        if self._is_unused(ino):
+            self._leave_if_orphan(ino)
+
+    def forget_all_gone(self, inos: set[int]) -> None:
+        """The same of many that are not among `lookups`. The kernel forgets a hundred thousand at once: nothing is done for
+        each, and one question tells the few without a name."""
+        unused = inos - {ino for ino in self.live.keys() & inos if not self._is_unused(ino)}
+        self.readers -= unused
+        if len(unused) > FEW:
+            unused &= set(self.namespace.orphans())
+        for ino in unused:
+            self._leave_if_orphan(ino)
+
+    def _is_unused(self, ino: int) -> bool:
+        """Whether neither a handle nor the kernel's memory holds the inode; then its running state goes."""
         live = self.live.get(ino)
         if live is not None:
             if live.handles or live.is_locked:
-                return
+                return False
             del self.live[ino]
         if ino in self.lookups:
-            return
+            return False
         self.readers.discard(ino)
+        return True
+
+    def _leave_if_orphan(self, ino: int) -> None:
         inode = self.namespace.find(ino)
         if inode is not None and inode.nlink == 0:
             self.leftover.add(ino)

@@ -29,8 +29,10 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 XATTR_CREATE, XATTR_REPLACE = 1, 2
 LINK_MAX = 65000  # as ext4
 HOLDER = b"holder"
+ONE_BYTES = 512  # room for one packed entry
 
 _COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target, blocks"
+_PACKED = "id, name, ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, blocks"
 _PREFIXED = ", ".join("i." + column for column in _COLUMNS.split(", "))
 
 
@@ -93,6 +95,20 @@ class Namespace:
             if len(rows) < page:
                 return
             after = rows[-1][0]
+
+    def packed_listing(self, function: str, parent: int, after: int, room: int, most: int) -> bytes:
+        """What an aggregate function of SQL's makes of the entries with cookie > `after`, the first `most`, in stable order."""
+        row = self._db.execute(
+            f"SELECT {function}(?, {_PACKED}) FROM (SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i "
+            "ON i.ino=e.ino WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?)",
+            (room, parent, after, most),
+        ).fetchone()
+        return bytes(row[0])
+
+    def packed(self, function: str, ino: int, name: bytes, cookie: int) -> bytes:
+        """The same of one inode under a name and cookie of its own."""
+        statement = f"SELECT {function}(?, {_PACKED}) FROM (SELECT ? id, ? name, * FROM inodes WHERE ino=?)"
+        return bytes(self._db.execute(statement, (ONE_BYTES, cookie, name, ino)).fetchone()[0])
 
     def all_names(self, page: int = 1024) -> Iterator[list[tuple[int, bytes]]]:
         """(folder, name) of every entry that is there when its page is read; between pages the tree may change."""

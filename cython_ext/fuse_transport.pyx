@@ -4,10 +4,11 @@
 # Python tells it. A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE,
 # LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
 # is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
-# in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK); else it is forwarded. Answers pass unchanged but for INIT
-# (what the kernel may do) and OPEN, CREATE (passthrough).
+# in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK). READDIRPLUS waits for
+# Python, which answers past pyfuse3; all else is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN,
+# CREATE (passthrough).
 # Invariants:
-# (1) Every request that has an answer gets exactly one: here, or from pyfuse3 after it was forwarded, never both.
+# (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
 # (3) A READ is short only at the end of the file, a WRITE never. A WRITE that finds no space goes to pyfuse3 untouched.
 # (4) A handle is borrowed while its descriptor is in use and not for longer: never while sending or replying.
@@ -20,6 +21,7 @@ from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
+from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_put, listings_take
 from cython_ext.message_io cimport (
     MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, asks_for_capability,
     await_ready, count, is_told_once, least_bytes, recv)
@@ -27,14 +29,14 @@ from cython_ext.name_ring cimport SPARES_MAX, NameRing, Spare, allow_removals, s
 from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
 from cython_ext.own_answers cimport (
-    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, remove_name, seek_file)
+    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, open_folder, remove_name, seek_file)
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.reader_scheduling cimport CallerCore, follow_caller
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
-from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_request, to_device
+from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_body, send_request, to_device
 from libc.errno cimport (
     EAGAIN, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOSYS, errno)
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -50,7 +52,6 @@ from cascadefs.ext.opcodes import OPCODE_NAMES
 cdef enum:
     MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
     MAX_MESSAGE = 64 << 20
-    LISTING_MAX = 128 << 10  # READDIR: an answer must fit the smallest socket buffer a system may grant (208 KiB)
     INIT_MAX = 256
 
 cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
@@ -303,6 +304,28 @@ cdef class Transport:
         """Every name of the filesystem was added: from now on others are answered with ENOENT."""
         self.known.names.complete = True
 
+    def take_listings(self):
+        """From now on next_listing() gives what is asked of folders. A descriptor that is readable when there may be some."""
+        self.known.listings.taken_by_python = True
+        return self.known.listings.wake_fd
+
+    def next_listing(self):
+        """(unique number, folder, position, room in bytes) of a READDIRPLUS that answer_listing() must answer; None: none waits."""
+        cdef Listing one
+        if listings_take(&self.known.listings, &one):
+            return one.unique, one.folder, one.position, one.room
+
+    def answer_listing(self, uint64_t unique, const uint8_t[::1] entries, int code=0):
+        """Entries, or the errno `code`. Whether the kernel took them."""
+        cdef size_t size = <size_t>entries.shape[0]
+        cdef int failed
+        with nogil:
+            if code:
+                failed = answer(&self.wire, unique, code, NULL, 0)
+            else:
+                failed = send_body(&self.wire, unique, &entries[0] if size else NULL, size)
+        return not failed
+
     @property
     def negotiated_passthrough(self):
         """Whether the kernel offered passthrough and was told to use it."""
@@ -388,8 +411,12 @@ cdef class Transport:
         if head.opcode == FUSE_LSEEK:
             code = seek_file(&self.known, message, &sought)
             return answer(&self.wire, head.unique, code, &sought, sizeof(sought))
-        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
-            listing.size = min(listing.size, <uint32_t>LISTING_MAX)
+        if head.opcode in (FUSE_OPENDIR, FUSE_RELEASEDIR) and open_folder(&self.known, head, &opened):
+            return answer(&self.wire, head.unique, 0, &opened, sizeof(opened) if head.opcode == FUSE_OPENDIR else 0)
+        if head.opcode == FUSE_READDIRPLUS and listings_put(&self.known.listings, message):
+            return 0
+        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB
+            listing.size = min(listing.size, <uint32_t>LISTING_BYTES)
         return self.forward(message, head.len, EIO)
 
     cdef int take_read(self, uint8_t *message, size_t size) noexcept nogil:

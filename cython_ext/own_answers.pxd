@@ -9,6 +9,7 @@ from cython_ext.event_queue cimport EventQueue, events_free, events_init, events
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
+from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init
 from cython_ext.name_ring cimport (
     NamePool, NameRecord, Spare, answer_create, read_create, read_unlink, removals_pending, ring_free, ring_give, ring_init,
     ring_remove)
@@ -30,6 +31,7 @@ ctypedef struct Known:
     EventQueue events
     NamePool ring
     GrantTable grants
+    ListingQueue listings
 
 
 cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) noexcept nogil:
@@ -37,7 +39,7 @@ cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) 
     events_init(&known.events, event_memory)
     ring_init(&known.ring, ring_memory)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
-            or grants_init(&known.grants))
+            or grants_init(&known.grants) or listings_init(&known.listings))
 
 
 cdef inline void known_free(Known *known) noexcept nogil:
@@ -48,6 +50,7 @@ cdef inline void known_free(Known *known) noexcept nogil:
     events_free(&known.events)
     ring_free(&known.ring)
     grants_free(&known.grants)
+    listings_free(&known.listings)
 
 
 cdef inline int64_t now(timespec *time) noexcept nogil:
@@ -60,7 +63,7 @@ cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer
     """GETATTR of what Python told of. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
     if not attributes_copy(&known.attributes, ino, answer):
         return False
-    return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
+    return answer.attr.mode & MODE_TYPE == MODE_FOLDER or not removals_pending(&known.ring)
 
 
 cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:
@@ -122,6 +125,12 @@ cdef inline bint open_file(Known *known, const uint8_t *message, fuse_open_out *
         return False
     edit_open(&known.handles, answer)
     return True
+
+
+cdef inline bint open_folder(Known *known, const fuse_in_header *head, fuse_open_out *answer) noexcept nogil:
+    """OPENDIR; its handle is its inode, so there is nothing to remember and nothing to release. Those of .cascade are Python's."""
+    answer.fh, answer.open_flags, answer.backing_id = head.nodeid, 0, 0
+    return known.listings.taken_by_python and not head.nodeid >> VIRTUAL_SHIFT
 
 
 cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nogil:

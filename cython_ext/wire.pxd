@@ -14,6 +14,12 @@ from posix.unistd cimport write
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int microseconds)
 
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t writev(int fd, const iovec *parts, int count)
+
 cdef enum:
     ANSWER_MAX = 16 + 144  # the longest answer made here but READ: a CREATE
     SEND_ATTEMPTS = 100  # 1 ms apart, when the kernel has no memory for a message
@@ -38,16 +44,39 @@ cdef inline int send_request(Wire *wire, const uint8_t *message, size_t size) no
     return 0
 
 
+cdef inline int device_refused(Wire *wire) noexcept nogil:
+    """After a write to the kernel that failed: 0 to try again, else an errno. ENOENT (nobody waits for it any more) and ENODEV
+    (unmounted) are not counted as failures."""
+    cdef int code = errno
+    if code == EAGAIN:
+        await_ready(wire.device_fd, <short>POLLOUT)
+    if code in (EAGAIN, EINTR):
+        return 0
+    if code not in (ENOENT, ENODEV):
+        count(&wire.counters.failed_replies, 1)
+    return code
+
+
 cdef inline int to_device(Wire *wire, const uint8_t *message, size_t size) noexcept nogil:
-    """To the kernel. 0 or an errno. ENOENT (nobody waits for it any more) and ENODEV (unmounted) are not counted as failures."""
-    while write(wire.device_fd, message, size) < 0:
-        if errno == EAGAIN:
-            await_ready(wire.device_fd, <short>POLLOUT)
-        elif errno != EINTR:
-            if errno not in (ENOENT, ENODEV):
-                count(&wire.counters.failed_replies, 1)
-            return errno
-    return 0
+    """To the kernel. 0 or an errno."""
+    cdef int code = 0
+    while not code and write(wire.device_fd, message, size) < 0:
+        code = device_refused(wire)
+    return code
+
+
+cdef inline int send_body(Wire *wire, uint64_t unique, const void *body, size_t size) noexcept nogil:
+    """An answer whose body lies elsewhere than its head. 0 or an errno."""
+    cdef fuse_out_header head
+    cdef iovec parts[2]
+    cdef int code = 0
+    head.len, head.error, head.unique = <uint32_t>(REPLY_HEAD + size), 0, unique
+    parts[0].iov_base, parts[0].iov_len = &head, REPLY_HEAD
+    parts[1].iov_base, parts[1].iov_len = <void *>body, size
+    count(&wire.counters.served, 1)
+    while not code and writev(wire.device_fd, parts, 2) < 0:
+        code = device_refused(wire)
+    return code
 
 
 cdef inline int send_answer(Wire *wire, uint8_t *message, size_t size, uint64_t unique, int code) noexcept nogil:

@@ -8,7 +8,7 @@ taken in is settled with the transport after its commit: a later worker finds wh
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from cascadefs.crash import point
@@ -114,8 +114,7 @@ class Answered:
         with self.store.database.transaction():  # one commit for all
             for fh in released:
                 self.handles.remove(fh)
-            for ino, times in forgotten:
-                self.forget(ino, times)
+            self.forget(forgotten)
         self.transport.events_done()
         self.files.delete_leftover()
 
@@ -139,11 +138,14 @@ class Answered:
             handle = self.files.of(ino).enter(self.files.sources.share(source), False, direct=False)
             self.handles.take_granted(fh, handle, request, backing_id)
 
-    def forget(self, ino: int, times: int) -> None:
-        """The kernel has dropped so many of its references to an inode."""
-        left = self.files.lookups.get(ino, 0) - times
-        if left > 0:
-            self.files.lookups[ino] = left
-        else:
-            self.files.lookups.pop(ino, None)
-            self.files.forget_if_gone(ino)
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """The kernel has dropped so many of its references to these inodes."""
+        lookups, unknown = self.files.lookups, set[int]()
+        for ino, times in forgotten:
+            left = lookups.pop(ino, 0) - times
+            if left > 0:
+                lookups[ino] = left
+            else:
+                unknown.add(ino)
+        if unknown:
+            self.files.forget_all_gone(unknown)

@@ -1,11 +1,12 @@
 """Inode rows as the kernel wants them. Owns: timeouts. No I/O but statvfs."""
 
 import os
+import stat
 import struct
 
 import pyfuse3
 
-from cascadefs.config import NAME_MAX
+from cascadefs.config import KIB, NAME_MAX
 from cascadefs.store import Store
 from cascadefs.types import Inode
 
@@ -13,6 +14,7 @@ from cascadefs.types import Inode
 # through a mapping moves while the file is staged; they may be seen this much later (at once after fsync or msync).
 STAGED_S, SETTLED_S = 30, 3600
 BLOCK = 4096
+FOLDER_BLOCK = 128 * KIB  # opendir(3) of glibc makes its buffer so large, and the kernel asks us for as many entries as fit it
 NS = 1_000_000_000
 _ATTR_OUT = struct.Struct("<QII3Q3q10I")  # include/uapi/linux/fuse.h, protocol 7.9 and later
 
@@ -26,16 +28,20 @@ def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
     e.attr_timeout = (STAGED_S if inode.home else SETTLED_S) if cached else 0
     e.st_mode = pyfuse3.ModeT(inode.mode)
     e.st_nlink, e.st_uid, e.st_gid, e.st_rdev = inode.nlink, inode.uid, inode.gid, inode.rdev
-    e.st_size, e.st_blksize, e.st_blocks = inode.size, BLOCK, inode.blocks
+    e.st_size, e.st_blksize, e.st_blocks = inode.size, _block_of(inode), inode.blocks
     e.st_atime_ns, e.st_mtime_ns, e.st_ctime_ns = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
     return e
+
+
+def _block_of(inode: Inode) -> int:
+    return FOLDER_BLOCK if stat.S_ISDIR(inode.mode) else BLOCK
 
 
 def getattr_answer(inode: Inode) -> bytes:
     """The same for a folder or a sealed file as a struct fuse_attr_out, for the transport to answer GETATTR with."""
     times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
     seconds, rest = (t // NS for t in times), (t % NS for t in times)
-    numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, BLOCK, 0)
+    numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, _block_of(inode), 0)
     return _ATTR_OUT.pack(SETTLED_S, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
 
 

@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import trio
 from cascadefs import crash
 from cascadefs.config import Configuration
 from cascadefs.errors import UserError
+from cascadefs.ext import listing
 from cascadefs.mount import device
 from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.handles import Handles
@@ -65,6 +67,7 @@ class Daemon:
         """Everything that can fail for reasons of the user's happens here. `kept`: the mount to take over."""
         self.wanted, self.table, self.took_over = wanted, table, kept is not None
         settings = wanted.configuration.settings
+        listing.offer()
         self.store = Store(settings, claim_fd, keep_orphans=self.took_over, first_ino=table.first_ino)
         if not self.took_over:
             table.first_ino = self.store.namespace.first_ino
@@ -148,6 +151,7 @@ class Daemon:
             if self.took_over:
                 self.operations.answered.inherit()
             nursery.start_soon(self._catch_up)
+            nursery.start_soon(self.operations.listings.serve)
             await self.session.run(self.operations)
             nursery.cancel_scope.cancel()
         self._forget_the_kernel()
@@ -193,7 +197,7 @@ class Daemon:
             self.operations.answered.grants.end_all()
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)
-        lookups, self.store.files.lookups = self.store.files.lookups, {}
+        lookups, self.store.files.lookups = self.store.files.lookups, Counter()
         for ino in lookups:
             self.store.files.forget_if_gone(ino)
 

@@ -31,22 +31,27 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
             return await handler(operations, *args)
         except pyfuse3.FUSEError:
             raise
-        except OSError as e:
-            if e.errno in (None, errno.EIO):  # a full disk is one line in the log, written by health.py
-                log.error("%s: %s", handler.__name__, e)
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
-        except sqlite3.Error as e:
-            found = from_sqlite(e)
-            log.error("%s: %s", handler.__name__, e, exc_info=found is None)
-            raise pyfuse3.FUSEError(found.errno if found and found.errno else errno.EIO) from e
         except Exception as e:
-            log.exception("%s failed", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from e
+            raise pyfuse3.FUSEError(errno_of(handler.__name__, e)) from e
         finally:
             point("answer")
             operations.transport.take_replies()
 
     return run
+
+
+def errno_of(handler: str, e: Exception) -> int:
+    """What the kernel is told of an exception that is being handled. The log has what the kernel's caller cannot know."""
+    if isinstance(e, OSError):
+        if e.errno in (None, errno.EIO):  # a full disk is one line in the log, written by health.py
+            log.error("%s: %s", handler, e)
+        return e.errno or errno.EIO
+    if isinstance(e, sqlite3.Error):
+        found = from_sqlite(e)
+        log.error("%s: %s", handler, e, exc_info=found is None)
+        return found.errno if found and found.errno else errno.EIO
+    log.exception("%s failed", handler)
+    return errno.EIO
 
 
 def guard_all(cls: type[Any]) -> type[Any]:

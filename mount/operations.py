@@ -24,6 +24,7 @@ from cascadefs.mount.answered import Answered
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
+from cascadefs.mount.listings import Listings
 from cascadefs.mount.once import Once
 from cascadefs.mount.virtual import Virtual, is_virtual
 from cascadefs.namespace import RENAME_EXCHANGE, ROOT
@@ -55,6 +56,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
         self.once, self.answered = once, Answered(store, handles, once)
+        self.listings = Listings(store, self.answered)
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
@@ -81,8 +83,7 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET: inodes without name and user go now."""
-        for ino, times in inode_list:
-            self.answered.forget(ino, times)
+        self.answered.forget(inode_list)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Entry:
         """MKNOD: files, fifos, sockets, devices."""
@@ -231,7 +232,7 @@ class Operations(pyfuse3.Operations):
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """READDIRPLUS. Positions: 1 and 2 after the two dots, then DOTS more than the namespace's cookies."""
+        """READDIRPLUS that listings.py does not answer. Positions: 1 and 2 after the dots, then DOTS more than the cookies."""
         for position, name, inode in self._dots_and(fh, start_id):
             dot, shown = position <= DOTS, is_virtual(inode.ino)
             attributes = entry(inode, cached=False) if shown else entry(self.files.with_staged(inode))

@@ -27,7 +27,7 @@ class FileTier:
         self.folder = folder
         for part in (folder, folder / "staged", folder / "objects"):
             media.make_folder(part)
-        self._staged, self._objects = str(folder / "staged"), str(folder / "objects")
+        self.staged_folder, self._objects = str(folder / "staged"), str(folder / "objects")
         # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
         self.objects, others = digest_names.listed(self._objects)
         for name in others:
@@ -39,7 +39,7 @@ class FileTier:
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
-        return f"{self._staged}/{ino}"
+        return f"{self.staged_folder}/{ino}"
 
     def object_path(self, digest: bytes) -> str:
         """Where the copy of an object lies."""
@@ -48,7 +48,7 @@ class FileTier:
     def staged(self) -> list[int]:
         """Inodes with a staged file here. What is no such file is removed."""
         found = []
-        for entry in os.scandir(self._staged):
+        for entry in os.scandir(self.staged_folder):
             if _NUMBER.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
                 found.append(int(entry.name))
             else:
@@ -116,7 +116,7 @@ class FileTier:
     def used_bytes(self) -> int:
         """Bytes allocated under the folder."""
         staged = 0
-        for entry in os.scandir(self._staged):
+        for entry in os.scandir(self.staged_folder):
             with contextlib.suppress(FileNotFoundError):
                 staged += entry.stat(follow_symlinks=False).st_blocks * 512
         return staged + sum(self.objects.values())

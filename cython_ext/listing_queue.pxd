@@ -1,0 +1,87 @@
+# Requests for the entries of a folder (READDIRPLUS) that wait for Python, which answers each with one call and without pyfuse3.
+#
+# Owns: a ring of bounded size, and the eventfd that wakes Python. A .pxd of inline functions, compiled into fuse_transport.
+# Knows no entry. Invariants: (1) What is refused is pyfuse3's: when the ring is full, the folders of .cascade, a request that is
+# sent again, and all before Python says that it takes them. (2) Each request is handed out once. (3) The mutex is held for a few
+# memory accesses only.
+
+from cython_ext.fuse_abi cimport *
+from cython_ext.handle_table cimport (
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+from cython_ext.name_table cimport VIRTUAL_SHIFT
+from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from posix.unistd cimport close
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int value, int flags)
+    int eventfd_read(int fd, uint64_t *value)
+    int eventfd_write(int fd, uint64_t value)
+    int EFD_CLOEXEC
+    int EFD_NONBLOCK
+
+cdef enum:
+    LISTINGS_MAX = 256  # a power of two
+    # A longer answer would not make listings faster, but keep others waiting: this one takes Python half a millisecond.
+    LISTING_BYTES = 128 << 10
+
+ctypedef struct Listing:
+    uint64_t unique
+    uint64_t folder
+    uint64_t position
+    uint32_t room
+
+ctypedef struct ListingQueue:
+    pthread_mutex_t mutex
+    int wake_fd
+    bint taken_by_python
+    uint64_t put, taken
+    Listing waiting[LISTINGS_MAX]
+
+
+cdef inline int listings_init(ListingQueue *queue) noexcept nogil:
+    """0, or -1 when there is no descriptor left."""
+    pthread_mutex_init(&queue.mutex, NULL)
+    queue.taken_by_python, queue.put, queue.taken = False, 0, 0
+    queue.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    return 0 if queue.wake_fd >= 0 else -1
+
+
+cdef inline void listings_free(ListingQueue *queue) noexcept nogil:
+    """Only when no other thread knows the queue any more."""
+    close(queue.wake_fd)
+    pthread_mutex_destroy(&queue.mutex)
+
+
+cdef inline bint listings_put(ListingQueue *queue, const uint8_t *message) noexcept nogil:
+    """False when the request is pyfuse3's."""
+    cdef const fuse_in_header *head = <const fuse_in_header *>message
+    cdef const fuse_io_in *arg = <const fuse_io_in *>(message + sizeof(fuse_in_header))
+    cdef Listing *one
+    cdef bint room
+    if head.unique >> 63 or head.nodeid >> VIRTUAL_SHIFT:
+        return False
+    pthread_mutex_lock(&queue.mutex)
+    room = queue.taken_by_python and queue.put - queue.taken < LISTINGS_MAX
+    if room:
+        one = &queue.waiting[queue.put & (LISTINGS_MAX - 1)]
+        one.unique, one.folder, one.position = head.unique, head.nodeid, arg.offset
+        one.room = min(arg.size, <uint32_t>LISTING_BYTES)
+        queue.put += 1
+    pthread_mutex_unlock(&queue.mutex)
+    if room:
+        eventfd_write(queue.wake_fd, 1)
+    return room
+
+
+cdef inline bint listings_take(ListingQueue *queue, Listing *one) noexcept nogil:
+    """False when there is none; then the next one that comes wakes Python."""
+    cdef uint64_t woken
+    cdef bint some
+    eventfd_read(queue.wake_fd, &woken)  # before looking: what comes later makes it readable again
+    pthread_mutex_lock(&queue.mutex)
+    some = queue.taken < queue.put
+    if some:
+        one[0] = queue.waiting[queue.taken & (LISTINGS_MAX - 1)]
+        queue.taken += 1
+    pthread_mutex_unlock(&queue.mutex)
+    return some
