@@ -8,7 +8,6 @@ the policy and the lease do. Invariants:
 (4) Work per round is bounded (settings.batch_size), so that fsync of one file waits for one round at most before its own.
 """
 
-import contextlib
 import errno
 import logging
 import os
@@ -322,15 +321,10 @@ class Mover:
         await self.sync_index()
         point("forgotten")
         dead, self.files.dead[:count] = self.files.dead[:count], []
-        await trio.to_thread.run_sync(self._punch, dead)
+        await trio.to_thread.run_sync(self.cold.punch, [at for at in dead if at.extent not in gone])
         for number in gone:
             self.cold.remove(number)  # before it is forgotten: else an error would leave it for ever
             self.index.forget_extent(number)
-
-    def _punch(self, dead: Sequence[Location]) -> None:
-        for location in dead:
-            with contextlib.suppress(OSError):  # the space stays with a dead record: a leak until the extent dies, no loss
-                self.cold.punch(location)
 
     # --- waiting for durability
 

@@ -12,10 +12,11 @@ from cascadefs.index import digest_of
 from cascadefs.media import lease_is_free
 from cascadefs.namespace import ROOT
 from cascadefs.policies.lru import Lru
+from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState, may_promote, plan_eviction, stage_in_memory
-from cascadefs.tiers.cold import ColdTier, Piece
+from cascadefs.tiers.cold import ColdTier, Piece, holes_of
 from cascadefs.tiers.files import FileTier
-from cascadefs.types import Home
+from cascadefs.types import Home, Location
 
 SIZES = [1, 4032, 4033, 300_000]
 
@@ -85,9 +86,15 @@ def test_the_last_reference_takes_object_and_blocks_along(index, namespace, cold
     assert sorted(at.length for at in dead) == sorted(SIZES)
     assert index.find(found.digest) is None and index.totals()["unique_bytes"] == 0 and index.totals()["live_bytes"] == 0
     before = cold.allocated_bytes()
-    for at in dead:
-        cold.punch(at)
+    cold.punch(dead)
     assert cold.allocated_bytes() < before
+
+
+def test_dead_neighbours_are_one_hole():
+    step = record_bytes(100)
+    dead = [Location(1, step * at, 100) for at in (7, 3, 2, 4)] + [Location(2, 0, 100)]
+    assert holes_of(dead) == {1: [(2 * step, 5 * step), (7 * step, 8 * step)], 2: [(0, step)]}
+    assert holes_of([]) == {}
 
 
 def test_a_piece_that_changed_is_not_written(cold, tmp_path, database):

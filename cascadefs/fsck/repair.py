@@ -58,8 +58,7 @@ class Repairer:
             self._apply(findings, tuple(rest))
             self.database.connection.execute("UPDATE manifests SET snapshot=snapshot & 1")  # what they say may be old
             self.database.sync()
-            for at in self._dead:
-                self.cold.punch(at)
+            self.cold.punch(self._dead)
         finally:
             self.database.close()
 

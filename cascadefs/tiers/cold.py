@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,16 +209,17 @@ class ColdTier:
         payload.release()
         raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged")
 
-    def punch(self, at: Location) -> None:
-        """Give the space of a dead record back to the filesystem, where it can."""
-        try:
-            fd = media.open_file(self.path(at.extent), os.O_RDWR)
-        except FileNotFoundError:
-            return  # the whole extent went before
-        try:
-            media.punch_hole(fd, at.offset, record_bytes(at.length))
-        finally:
-            os.close(fd)
+    def punch(self, dead: Iterable[Location]) -> None:
+        """Give the space of dead records back to the filesystem, where it can: neighbours in one hole, for each hole costs the
+        filesystem a transaction. Where it cannot, the space stays with them until their extent dies: a leak, no loss."""
+        for extent, holes in holes_of(dead).items():
+            with contextlib.suppress(OSError):  # also: the whole extent went before
+                fd = media.open_file(self.path(extent), os.O_RDWR)
+                try:
+                    for begin, end in holes:
+                        media.punch_hole(fd, begin, end - begin)
+                finally:
+                    os.close(fd)
 
     def remove(self, number: int) -> None:
         """Delete an extent without live records."""
@@ -227,6 +228,18 @@ class ColdTier:
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
         return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.folder))
+
+
+def holes_of(dead: Iterable[Location]) -> dict[int, list[tuple[int, int]]]:
+    """extent -> [(begin, end)] of the records, ascending; those that touch each other are one."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for at in sorted(dead, key=lambda at: (at.extent, at.offset)):
+        holes, end = found.setdefault(at.extent, []), at.offset + record_bytes(at.length)
+        if holes and holes[-1][1] == at.offset:
+            holes[-1] = holes[-1][0], end
+        else:
+            holes.append((at.offset, end))
+    return found
 
 
 def _total(batch: Sequence[Piece]) -> int:
