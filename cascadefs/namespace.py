@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from cascadefs.config import NAME_MAX, SYMLINK_MAX, XATTR_VALUE_MAX
-from cascadefs.creates import Created
 from cascadefs.database import Database
 from cascadefs.errors import os_error
+from cascadefs.name_ring import Change, Created
 from cascadefs.types import Home, Inode
 
 ROOT = 1
@@ -165,16 +165,30 @@ class Namespace:
         """Before any inode was made: that number and lower ones are taken."""
         self.first_ino = self._next_ino = max(self._next_ino, ino + 1)
 
-    def enter_created(self, created: Sequence[Created], numbers: Sequence[int]) -> None:
-        """Rows and names of files that exist, staged in memory; `numbers` are those of the operations. OSError: none."""
-        folders = dict[int, tuple[int, int]]()
+    def enter(self, changes: Sequence[Change], numbers: Sequence[int]) -> dict[int, int]:
+        """Rows and names of files that exist, staged in memory, and names that are gone, as they came; `numbers` are those of
+        the operations. Returns {place of a removal: inode that lost the name}. OSError: nothing was done."""
+        folders, gone = dict[int, tuple[int, int]](), dict[int, int]()
         with self._database.transaction():
-            for one, op in zip(created, numbers, strict=True):
-                self._insert(one.ino, one.mode, one.uid, one.gid, 1, 0, one.time_ns, None, Home.MEMORY)
-                self._enter(one.folder, one.name, one.ino)
+            for one, op in zip(changes, numbers, strict=True):
+                if isinstance(one, Created):
+                    self._insert(one.ino, one.mode, one.uid, one.gid, 1, 0, one.time_ns, None, Home.MEMORY)
+                    self._enter(one.folder, one.name, one.ino)
+                elif (ino := self._remove(one.folder, one.name, one.time_ns)) is not None:
+                    gone[one.at] = ino
                 folders[one.folder] = one.time_ns, op
             for folder, (time_ns, op) in folders.items():
                 self._touch_folder(folder, time_ns, 0, op)
+        return gone
+
+    def _remove(self, folder: int, name: bytes, time_ns: int) -> int | None:
+        """A name of a file goes; its folder is touched by the caller. None: there is no such name."""
+        row = self._db.execute("DELETE FROM entries WHERE parent=? AND name=? RETURNING ino", (folder, name)).fetchone()
+        if row is None:
+            return None
+        self._changed.add(row[0])
+        self._db.execute("UPDATE inodes SET nlink=nlink-1, ctime_ns=? WHERE ino=?", (time_ns, row[0]))
+        return int(row[0])
 
     def _insert(
         self,

@@ -11,12 +11,14 @@ Owns: the rules of falling back. Runs once, before anything else uses the store;
 import errno
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cascadefs.creates import Created
+from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files
+from cascadefs.name_ring import Change, Created, NameRing, Removed
 from cascadefs.namespace import HOLDER
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Home, Inode, Object
@@ -35,21 +37,35 @@ class Recovered:
     dropped_files: int = 0
 
 
-def enter_created(files: Files, created: Sequence[Created]) -> None:
-    """Enter files that were made for the kernel just before everything died. What cannot be entered is told, and lost."""
-    for one in created:
-        files.namespace.keep_clear_of(one.ino)
-        if files.namespace.find(one.ino) is not None:  # the crash came between the commit and the ring's hearing of it
-            known = files.namespace.lookup(one.folder, one.name)
-            if known is None or known.ino != one.ino:  # or the index was rebuilt meanwhile
-                log.error("a file made just before a crash is lost: %r in folder %d, inode %d", one.name, one.folder, one.ino)
-            continue
+def enter_pending(files: Files, ring: NameRing, changes: Sequence[Change]) -> None:
+    """Enter what the kernel was told just before everything died. What cannot be entered is told, and lost."""
+    names = files.namespace
+    missing = [one for one in changes if not (one.number and names.is_done(one.folder, one.number))]
+    ring.begin(missing, [0] * len(missing))  # before the first of them moves its folder beyond the number of another
+    for one in changes:
+        if isinstance(one, Created):
+            names.keep_clear_of(one.ino)
+    for one in missing:
+        number = time.time_ns()
+        ring.begin([one], [number])
         try:
-            files.namespace.enter_created([one], [0])
+            _enter_one(files, one, number)
         except OSError as e:
-            if e.errno not in (errno.EEXIST, errno.ESTALE):
+            if e.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE):
                 raise
-            log.error("a file made just before a crash cannot be entered as %r in folder %d: %s", one.name, one.folder, e)
+            done = "made" if isinstance(one, Created) else "removed"
+            log.error("a name %s just before a crash cannot be entered: %r in folder %d: %s", done, one.name, one.folder, e)
+
+
+def _enter_one(files: Files, one: Change, number: int) -> None:
+    if isinstance(one, Removed):
+        if not files.namespace.enter([one], [number]):
+            raise os_error(errno.ENOENT)
+    elif files.namespace.find(one.ino) is None:
+        files.namespace.enter([one], [number])
+    elif (known := files.namespace.lookup(one.folder, one.name)) is None or known.ino != one.ino:
+        log.error("a file made just before a crash is lost: %r in folder %d, inode %d", one.name, one.folder, one.ino)
+    # else the index was rebuilt meanwhile, from extents that knew the file
 
 
 def recover(files: Files, keep_orphans: bool = False) -> Recovered:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,16 +17,16 @@ import trio
 
 from cascadefs import media
 from cascadefs.config import Settings
-from cascadefs.creates import Creates
 from cascadefs.database import Database
 from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.mover import Mover
+from cascadefs.name_ring import NameRing
 from cascadefs.namespace import ROOT
 from cascadefs.policies.lru import Lru
-from cascadefs.recovery import enter_created, recover
+from cascadefs.recovery import enter_pending, recover
 from cascadefs.residency import Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
@@ -73,11 +74,11 @@ class Store:
         media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
         self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
         self.files = Files(settings, self.database, self.residency, first_ino)
-        self.creates = Creates(memory.folder)
-        self.created = self.creates.pending(self.creates.put)  # just before everything, or an earlier worker of a mount, died
-        self.database.reserve.lend(partial(enter_created, self.files, self.created))
+        self.ring = NameRing(memory.folder)
+        self.pending = self.ring.pending(self.ring.put)  # just before everything, or an earlier worker of a mount, died
+        self.database.reserve.lend(partial(enter_pending, self.files, self.ring, self.pending))
         if not keep_orphans:  # else the mount settles them, when it knows their handles
-            self.creates.settle(self.creates.put)
+            self.ring.settle(self.ring.put)
         self.recovered = self.database.reserve.lend(partial(recover, self.files, keep_orphans))
         self.database.reserve.fill()
 
@@ -94,7 +95,7 @@ class Store:
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
         self.mover.journal.close()
-        self.creates.close()
+        self.ring.close()
         self.database.close()
 
     def release_memory(self) -> None:
@@ -142,6 +143,24 @@ class Store:
         finally:
             self.files.release(handle)
 
+    async def get_into(self, path: str, *buffers: memoryview) -> int:
+        """Fill writable buffers of bytes, one behind the other, from the beginning of a file; how many bytes there were. They
+        may be used again when this returns: also after an error, which leaves them half filled."""
+        inode = self.files.attributes(self.find(path).ino)
+        handle = await self.files.open(inode.ino, writable=False)
+        try:
+            if handle.source is not None:
+                return await trio.to_thread.run_sync(_read_each, handle.source.fd, buffers)
+            done = 0
+            for buffer in buffers:
+                for at in range(0, len(buffer), self.index.block_bytes):
+                    part = await self.streams.read(inode.ino, done, min(self.index.block_bytes, len(buffer) - at))
+                    buffer[at : at + len(part)] = part
+                    done += len(part)
+            return done
+        finally:
+            self.files.release(handle)
+
     # --- what is known of one file
 
     def _paths_of_block(self, bid: int) -> list[str]:
@@ -185,6 +204,16 @@ class Store:
             "extents": sorted({block.location.extent for block in blocks if block.location}),
             "references": len(self.index.inodes_of(found.oid)) if found else 0,
         }
+
+
+def _read_each(fd: int, buffers: Sequence[memoryview]) -> int:
+    done = 0
+    for buffer in buffers:
+        got = media.read_fully(fd, buffer, done)
+        done += got
+        if got < len(buffer):
+            break
+    return done
 
 
 def _write(path: str, data: bytes) -> None:

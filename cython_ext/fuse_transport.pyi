@@ -1,7 +1,7 @@
 from typing_extensions import Buffer
 
 EVENT_RING_BYTES: int
-CREATE_RING_BYTES: int
+NAME_RING_BYTES: int
 SPARES_AT_MOST: int
 FOPEN_DIRECT_IO: int
 FOPEN_KEEP_CACHE: int
@@ -16,7 +16,7 @@ class Transport:
         *,
         passthrough: bool,
         events: Buffer | None = ...,
-        creates: Buffer | None = ...,
+        ring: Buffer | None = ...,
         max_message_bytes: int = ...,
     ) -> None: ...
     def read_requests(self) -> None: ...
@@ -49,6 +49,7 @@ class Transport:
     def take_events(self, limit: int) -> tuple[
         list[tuple[int, int, int, int]], list[int], list[tuple[int, int]]
     ]: ...
+    def allow_removals(self, allowed: bool) -> None: ...
     def number_grants(self, first_fh: int) -> None: ...
     def grant(self, ino: int, fd: int, backing_id: int, open_flags: int, served: bool = ...) -> None: ...
     def revoke(self, ino: int) -> None: ...

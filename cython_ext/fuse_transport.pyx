@@ -4,8 +4,9 @@
 # Python tells it. A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE,
 # LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
 # is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
-# in advance (CREATE), or has granted the opening of an object (OPEN). READDIRPLUS waits for Python, which answers past pyfuse3; all
-# else is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN, CREATE (passthrough).
+# in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK). READDIRPLUS waits for
+# Python, which answers past pyfuse3; all else is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN,
+# CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
@@ -14,8 +15,7 @@
 # (5) A request is remembered before it is forwarded, so its answer finds it.
 # (6) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
-from cython_ext.attribute_table cimport attributes_copy, attributes_drop, attributes_put
-from cython_ext.create_ring cimport SPARES_MAX, CreateRing, Spare, spares_put, spares_withdraw
+from cython_ext.attribute_table cimport attributes_drop, attributes_put
 from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take, keep_forgets
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
@@ -25,12 +25,16 @@ from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_put, list
 from cython_ext.message_io cimport (
     MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, asks_for_capability,
     await_ready, count, is_told_once, least_bytes, recv)
+from cython_ext.name_ring cimport SPARES_MAX, NameRing, Spare, allow_removals, spares_put, spares_withdraw
 from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
-from cython_ext.own_answers cimport Known, allocate_file, keep_release, known_free, known_init, make_file, open_file, open_folder, seek_file
+from cython_ext.own_answers cimport (
+    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, open_folder,
+    remove_name, seek_file)
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
+from cython_ext.reader_scheduling cimport CallerCore, follow_caller
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_body, send_request, to_device
@@ -54,7 +58,7 @@ cdef enum:
 cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
 
 EVENT_RING_BYTES = sizeof(EventRing)
-CREATE_RING_BYTES = sizeof(CreateRing)
+NAME_RING_BYTES = sizeof(NameRing)
 SPARES_AT_MOST = SPARES_MAX
 FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
@@ -81,26 +85,26 @@ cdef class Transport:
     cdef Known known
     cdef ReaderThreads readers
     cdef RequestMemory requests
-    cdef uint8_t[::1] event_memory, create_memory  # kept alive
+    cdef uint8_t[::1] event_memory, ring_memory  # kept alive
     cdef uint8_t init_message[INIT_MAX]
     cdef size_t init_size
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, uint8_t[::1] events = None,
-                  uint8_t[::1] creates = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
+                  uint8_t[::1] ring = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
         """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken.
-        `creates`: CREATE_RING_BYTES of the memory tier, for the files that were made here; without it none is."""
+        `ring`: NAME_RING_BYTES of the memory tier, for names that are made and removed here; without it none is."""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.wire.device_fd, self.wire.socket_fd = device_fd, socket_fd
         self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
         self.reply_buffer = aligned_buffer(max_message_bytes)
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
-        self.create_memory = creates
+        self.ring_memory = ring
         if <size_t>self.event_memory.shape[0] != sizeof(EventRing):
             raise ValueError("the ring of events has another size")
-        if creates is not None and <size_t>creates.shape[0] != sizeof(CreateRing):
-            raise ValueError("the ring of creates has another size")
-        if known_init(&self.known, &self.event_memory[0], &creates[0] if creates is not None else NULL):
+        if ring is not None and <size_t>ring.shape[0] != sizeof(NameRing):
+            raise ValueError("the ring of names has another size")
+        if known_init(&self.known, &self.event_memory[0], &ring[0] if ring is not None else NULL):
             raise MemoryError()
         self.made = True
         if requests_init(&self.requests):
@@ -229,7 +233,7 @@ cdef class Transport:
         events_done(&self.known.events)
 
     def events_put(self):
-        """How many events there have been; those up to here may be taken once the creates before them are known."""
+        """How many events there have been; those up to here may be taken once the changes of names before them are known."""
         return events_count(&self.known.events)
 
     def take_events(self, uint64_t limit):
@@ -250,11 +254,15 @@ cdef class Transport:
         """An empty file to answer a CREATE with; its handle `fh` was set, `fd` stays open. False when there are enough."""
         cdef Spare spare
         spare.ino, spare.fh, spare.fd, spare.backing_id = ino, fh, fd, backing_id
-        return spares_put(&self.known.creates, &spare)
+        return spares_put(&self.known.ring, &spare)
 
     def withdraw_spare(self):
         """The inode of a spare that will not be used; 0 when there is none left."""
-        return spares_withdraw(&self.known.creates)
+        return spares_withdraw(&self.known.ring)
+
+    def allow_removals(self, bint allowed):
+        """Whether UNLINK may be answered here: the ring must be able to be entered into the index."""
+        allow_removals(&self.known.ring, allowed)
 
     def number_grants(self, uint64_t first_fh):
         """Handles made from grants have this number and those that follow. Without it no grant is used."""
@@ -340,12 +348,16 @@ cdef class Transport:
     cdef int request_loop(self, ReaderThread *reader, uint8_t *data) noexcept nogil:
         """0 at the end of the mount or after stop(), else an errno."""
         cdef uint8_t *message = data - WRITE_HEAD
+        cdef CallerCore follow
         cdef ssize_t got
         cdef int code = 0
+        memset(&follow, 0, sizeof(follow))
         while not code and reader_may_read(&self.readers, reader):
             got = read(self.wire.device_fd, message, self.message_max)
             reader_works(reader)
             if got > 0:
+                if self.passthrough_agreed:  # else it moves whole contents, and is one of several
+                    follow_caller(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got)
             elif got == 0 or errno == ENODEV:
                 break
@@ -381,10 +393,12 @@ cdef class Transport:
             return answer(&self.wire, head.unique, ENOENT, NULL, 0)
         if not self.capabilities and asks_for_capability(message, size):
             return answer(&self.wire, head.unique, ENODATA, NULL, 0)
-        if head.opcode == FUSE_GETATTR and attributes_copy(&self.known.attributes, head.nodeid, &found):
+        if head.opcode == FUSE_GETATTR and attributes_of(&self.known, head.nodeid, &found):
             return answer(&self.wire, head.unique, 0, &found, sizeof(found))
         if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
             return answer_open(&self.wire, &self.known.events, head.unique, &made, sizeof(made), made.opened.fh)
+        if head.opcode == FUSE_UNLINK and remove_name(&self.known, message, size):
+            return answer(&self.wire, head.unique, 0, NULL, 0)
         if head.opcode == FUSE_OPEN and open_file(&self.known, message, &opened):
             return answer_open(&self.wire, &self.known.events, head.unique, &opened, sizeof(opened), opened.fh)
         if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):

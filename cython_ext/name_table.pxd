@@ -78,6 +78,15 @@ cdef inline bint names_lack(NameTable *table, uint64_t key) noexcept nogil:
     return lacking
 
 
+cdef inline bint names_hold(NameTable *table, uint64_t key) noexcept nogil:
+    """Whether a name of that hash is counted, and all are."""
+    cdef bint held
+    pthread_mutex_lock(&table.mutex)
+    held = table.complete and map_get(&table.map, key) > 0
+    pthread_mutex_unlock(&table.mutex)
+    return held
+
+
 cdef inline bint is_absent(NameTable *table, const uint8_t *message, size_t size) noexcept nogil:
     """Whether a LOOKUP asks for a name that certainly is not there. Too long names and dots are Python's."""
     cdef const uint8_t *name = message + sizeof(fuse_in_header)

@@ -5,14 +5,16 @@
 
 from cython_ext.attribute_table cimport (
     AttributeTable, attributes_copy, attributes_free, attributes_init, attributes_touch)
-from cython_ext.create_ring cimport (
-    CreatePool, CreateRecord, Spare, answer_create, creates_free, creates_give, creates_init, read_create)
 from cython_ext.event_queue cimport EventQueue, events_free, events_init, events_put
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
 from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init
-from cython_ext.name_table cimport VIRTUAL_SHIFT, NameTable, name_hash, names_add, names_free, names_init, names_lack, names_remove
+from cython_ext.name_ring cimport (
+    NamePool, NameRecord, Spare, answer_create, read_create, read_unlink, removals_pending, ring_free, ring_give, ring_init,
+    ring_remove)
+from cython_ext.name_table cimport (
+    VIRTUAL_SHIFT, NameTable, name_hash, names_add, names_free, names_hold, names_init, names_lack, names_remove)
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
 from libc.errno cimport EBADF, EOPNOTSUPP
@@ -27,15 +29,15 @@ ctypedef struct Known:
     NameTable names
     AttributeTable attributes
     EventQueue events
-    CreatePool creates
+    NamePool ring
     GrantTable grants
     ListingQueue listings
 
 
-cdef inline int known_init(Known *known, void *event_memory, void *create_memory) noexcept nogil:
+cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) noexcept nogil:
     """0, or not 0 when there is no memory."""
     events_init(&known.events, event_memory)
-    creates_init(&known.creates, create_memory)
+    ring_init(&known.ring, ring_memory)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
             or grants_init(&known.grants) or listings_init(&known.listings))
 
@@ -46,37 +48,69 @@ cdef inline void known_free(Known *known) noexcept nogil:
     names_free(&known.names)
     attributes_free(&known.attributes)
     events_free(&known.events)
-    creates_free(&known.creates)
+    ring_free(&known.ring)
     grants_free(&known.grants)
     listings_free(&known.listings)
 
 
+cdef inline int64_t now(timespec *time) noexcept nogil:
+    """In nanoseconds, too."""
+    clock_gettime(CLOCK_REALTIME, time)
+    return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
+
+
+cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer) noexcept nogil:
+    """GETATTR of what Python told of. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
+    if not attributes_copy(&known.attributes, ino, answer):
+        return False
+    return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
+
+
 cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:
     """CREATE with a spare. Python's: no spare, a folder that is not known, a name that may exist, anything unusual."""
-    cdef CreateRecord record
+    cdef NameRecord record
     cdef Spare spare
     cdef fuse_attr_out folder
     cdef timespec times[2]
     cdef uint64_t key
-    if known.creates.ring == NULL or not read_create(message, size, &record):
+    if known.ring.ring == NULL or not read_create(message, size, &record):
         return False
     key = name_hash(record.folder, record.name, record.name_bytes)
     if not names_lack(&known.names, key) or not attributes_copy(&known.attributes, record.folder, &folder):
         return False
     if folder.attr.mode & MODE_SETGID:
         record.gid = folder.attr.gid
-    clock_gettime(CLOCK_REALTIME, &times[0])
+    record.time_ns = now(&times[0])
     times[1] = times[0]
-    record.time_ns = <int64_t>times[0].tv_sec * 1000000000 + times[0].tv_nsec
     if names_add(&known.names, key):
         return False
-    if not creates_give(&known.creates, &record, &spare):
+    if not ring_give(&known.ring, &record, &spare):
         names_remove(&known.names, key)
         return False
     futimens(spare.fd, times)
     attributes_touch(&known.attributes, record.folder, record.time_ns)
     answer_create(&record, answer)
     edit_open(&known.handles, &answer.opened)
+    return True
+
+
+cdef inline bint remove_name(Known *known, const uint8_t *message, size_t size) noexcept nogil:
+    """UNLINK. The kernel has seen that the name is there, is no folder, and may be removed; it holds the folder's lock. Python's:
+    a folder that is not known, a name that is not, anything unusual."""
+    cdef NameRecord record
+    cdef fuse_attr_out folder
+    cdef timespec time
+    cdef uint64_t key
+    if known.ring.ring == NULL or not read_unlink(message, size, &record) or record.folder >> VIRTUAL_SHIFT:
+        return False
+    key = name_hash(record.folder, record.name, record.name_bytes)
+    if not names_hold(&known.names, key) or not attributes_copy(&known.attributes, record.folder, &folder):
+        return False
+    record.time_ns = now(&time)
+    if not ring_remove(&known.ring, &record):
+        return False
+    names_remove(&known.names, key)
+    attributes_touch(&known.attributes, record.folder, record.time_ns)
     return True
 
 

@@ -1,8 +1,8 @@
-"""What the transport has answered by itself, taken in afterwards: files it made, opens it granted, releases and forgets.
+"""What the transport has answered by itself, taken in afterwards: names made and removed, opens granted, releases, forgets.
 
 Owns: the order of taking in, the spares and grants, lookup counts after FORGET. Knows no handler. Never awaits. Invariants:
-(1) A file is known before anything else of it is. (2) A handle is known before its release. (3) What was taken in is settled
-with the transport after its commit: a later worker finds what this one did not finish.
+(1) A change of names is known before anything that came after it. (2) A handle is known before its release. (3) What was
+taken in is settled with the transport after its commit: a later worker finds what this one did not finish.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from cascadefs.crash import point
-from cascadefs.creates import Created
 from cascadefs.mount.grants import Grants
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
 from cascadefs.mount.spares import Spares
+from cascadefs.name_ring import Change, Created
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
@@ -35,39 +35,63 @@ class Answered:
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
 
     def prepare(self, handler: str) -> None:
-        """Before a handler: it must know the files that the transport has made. If the index cannot take them now, a handler
-        that could miss their names fails, others go on."""
+        """Before a handler: it must know the names that the transport has made and removed. If the index cannot take them now,
+        a handler that could miss them fails, others go on."""
         try:
-            self.take_creates()
+            self.take_names()
         except OSError:
             if handler in OF_NAMES:
                 raise
 
-    def take_creates(self) -> None:
-        """Enter the files that the transport has made since the last call, in one commit. OSError: none; it is tried again."""
-        put = self.store.creates.put
-        created = self.store.creates.pending(put)
-        if not created:
+    def offer(self) -> bool:
+        """Let the transport answer changes of names while the index will take them; whether there is more to prepare."""
+        database = self.store.database
+        self.transport.allow_removals(bool(database.reserve.held and not database.health.troubles))
+        return self.spares.refill()
+
+    def withdraw(self, connected: bool = True) -> None:
+        """Changes of names are Python's from here on."""
+        self.transport.allow_removals(False)
+        self.spares.withdraw(connected)
+
+    def take_names(self) -> None:
+        """Enter the changes of names that the transport has answered since the last call, in one commit. OSError: none; it is
+        tried again."""
+        put = self.store.ring.put
+        changes = self.store.ring.pending(put)
+        if not changes:
             return
         point("entering")
         self.files.last_use = time.monotonic()
         try:
-            self.store.database.reserve.lend(partial(self._enter, created))
+            gone = self.store.database.reserve.lend(partial(self._enter, changes))
         except OSError:
-            self.spares.withdraw()
+            self.withdraw()
             raise
         point("entered")
-        for one in created:
-            self.spares.take(one)
-        self.store.creates.settle(put)
+        for one in changes:
+            self._entered(one, gone)
+        self.store.ring.settle(put)
 
-    def _enter(self, created: Sequence[Created]) -> None:
-        numbers = [self.once.number(one.request, one.folder) for one in created]
+    def _enter(self, changes: Sequence[Change]) -> dict[int, int]:
+        numbers = [self.once.number(one.request, one.folder) for one in changes]
+        self.store.ring.begin(changes, numbers)
         try:
-            self.store.namespace.enter_created(created, numbers)
+            return self.store.namespace.enter(changes, numbers)
         except BaseException:
             self.once.drop(numbers)
+            self.store.ring.begin(changes, [0] * len(changes))
             raise
+
+    def _entered(self, one: Change, gone: dict[int, int]) -> None:
+        if isinstance(one, Created):
+            self.spares.take(one)
+        elif one.at in gone:  # its FORGET is still to come
+            self.transport.drop_attributes(gone[one.at])
+            if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
+                self.files.lookups.setdefault(gone[one.at], 1)
+        else:
+            log.error("the kernel has removed a name that is not there: %r in folder %d", one.name, one.folder)
 
     def catch_up(self) -> None:
         """Do what the transport put aside because nobody waits for it: releases and forgets; hear of the opens it answered."""
@@ -77,7 +101,7 @@ class Answered:
     def catch_up_or_fail(self) -> None:
         """As catch_up(). OSError, and nothing has changed, when the index does not take what was created before."""
         limit = self.transport.events_put()
-        self.take_creates()  # a file is known before its release
+        self.take_names()  # a file is known before its release
         opened, released, forgotten = self.transport.take_events(limit)
         if not opened and not released and not forgotten:
             return
@@ -98,8 +122,8 @@ class Answered:
         """Take a mount over from an earlier worker. Before the first request."""
         opened, released, forgotten = self.transport.take_events(self.transport.events_put())
         self.handles.inherit(opened)
-        self.once.add_done(one.request for one in self.store.created)
-        self.store.creates.settle(self.store.creates.put)
+        self.once.add_done(one.request for one in self.store.pending)
+        self.store.ring.settle(self.store.ring.put)
         self.inherited = True
         self._take_in(released, forgotten)
 

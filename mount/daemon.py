@@ -75,7 +75,7 @@ class Daemon:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
             self.device = kept or device.mount(wanted.mountpoint, wanted.options)
-            self.session = Session(self.device, settings.passthrough, table, self.store.creates.memory)
+            self.session = Session(self.device, settings.passthrough, table, self.store.ring.memory)
         except BaseException as e:
             if not self.store.residency.memory.objects:
                 self.store.release_memory()
@@ -177,7 +177,7 @@ class Daemon:
             hurry = False
             try:
                 self.operations.answered.catch_up()
-                hurry = self.operations.answered.spares.refill()
+                hurry = self.operations.answered.offer()
                 self.operations.answered.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")
@@ -191,15 +191,14 @@ class Daemon:
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
         self.operations.answered.catch_up()
-        self.operations.answered.spares.withdraw(connected=False)
+        self.operations.answered.withdraw(connected=False)
         self.store.files.sources.closing = lambda source: None
         with contextlib.suppress(OSError):
             self.operations.answered.grants.end_all()
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)
         lookups, self.store.files.lookups = self.store.files.lookups, Counter()
-        for ino in lookups:
-            self.store.files.forget_if_gone(ino)
+        self.store.files.forget_all_gone(set(lookups))
 
     async def _leave(self) -> None:
         try:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import pyfuse3
 
 from cascadefs import media
-from cascadefs.creates import Created
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
 from cascadefs.mount.table import KeptHandle, Table
+from cascadefs.name_ring import Created
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class Handles:
         """Take over what an earlier worker had open, and what its transport had made and `opened` (as take_events() tells)
         without its knowing. Before the first request."""
         known = {kept.fh for kept in self.table.handles()}
-        unknown = [KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False) for one in self.store.created]
+        made = [one for one in self.store.pending if isinstance(one, Created)]
+        unknown = [KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False) for one in made]
         unknown += [KeptHandle(fh, ino, request, backing_id, False, False) for fh, ino, request, backing_id in opened]
         for kept in unknown:
             if kept.fh not in known:

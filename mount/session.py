@@ -46,7 +46,7 @@ class Replies(trio.abc.Instrument):
 class Session:
     """A mounted connection; `await run()` serves it."""
 
-    def __init__(self, device: Device, passthrough: bool, table: Table, creates: mmap.mmap) -> None:
+    def __init__(self, device: Device, passthrough: bool, table: Table, ring: mmap.mmap) -> None:
         self.table = table
         self.device, self.wanted = device, passthrough and device.privileged
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,9 +55,7 @@ class Session:
                 with contextlib.suppress(PermissionError):
                     end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
         self._theirs = theirs.detach()  # libfuse closes it
-        self.transport = Transport(
-            device.fd, self._ours.fileno(), passthrough=self.wanted, events=table.events, creates=creates
-        )
+        self.transport = Transport(device.fd, self._ours.fileno(), passthrough=self.wanted, events=table.events, ring=ring)
         self._threads: list[threading.Thread] = []
         self._closed = False
 

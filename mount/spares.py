@@ -10,8 +10,8 @@ import logging
 import os
 from dataclasses import dataclass
 
-from cascadefs.creates import Created
 from cascadefs.mount.handles import Handles
+from cascadefs.name_ring import Created
 from cascadefs.store import Store
 from cascadefs.types import Home
 

@@ -10,7 +10,7 @@ ORDER = [
     ["ext"],
     ["errors", "types", "config", "crash"],
     ["doors"],
-    ["record", "manifest", "creates"],
+    ["record", "manifest", "name_ring"],
     ["media", "health"],
     ["reserve", "sums"],
     ["policies", "scheduler", "database"],

@@ -87,6 +87,29 @@ async def test_a_file_larger_than_the_promotion_limit_is_streamed(settings):
         assert await store.streams.read(ino, len(data) + 5, 100) == b""
 
 
+@pytest.mark.parametrize("limit", [0, 64 * MIB], ids=["streamed", "promoted"])
+async def test_a_file_is_read_into_buffers_hot_and_cold(settings, limit):
+    settings, data = replace(settings, promote_limit=limit), os.urandom(9 * MIB + 17)
+    parts = [memoryview(bytearray(size)) for size in (5 * MIB + 3, 1, 5 * MIB)]  # more room than there are bytes
+    async with opened(settings) as store:
+        await store.put("block", data)
+        await store.put("empty", b"")
+        assert await store.get_into("block", *parts) == len(data)
+        assert b"".join(parts)[: len(data)] == data
+        assert await store.get_into("empty", *parts) == 0 and await store.get_into("block") == 0
+        await store.flush()
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        for part in parts:
+            part[:] = bytes(len(part))
+        assert await store.get_into("block", *parts) == len(data)
+        assert b"".join(parts) == data + bytes(sum(map(len, parts)) - len(data))
+        assert await store.get_into("block", parts[1]) == 1 and parts[1] == data[:1]
+        assert not store.files.live  # no handle is left
+        with pytest.raises(FileNotFoundError):
+            await store.get_into("nothing", *parts)
+
+
 async def test_three_times_the_memory_goes_through_and_comes_back(settings):
     contents = {f"w{i}": os.urandom(8 * MIB) for i in range(24)}
     async with opened(settings) as store:

@@ -3,16 +3,14 @@
 import errno
 import os
 import struct
-import subprocess
 import time
 
 import pytest
 from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
 
-from cascadefs import creates
-from cascadefs.config import Settings
-from cascadefs.creates import Creates
-from cascadefs.ext.fuse_transport import CREATE_RING_BYTES, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, SPARES_AT_MOST
+from cascadefs import name_ring
+from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, NAME_RING_BYTES, SPARES_AT_MOST
+from cascadefs.name_ring import NameRing
 from cascadefs.store import Store
 
 GETATTR = 3
@@ -25,8 +23,8 @@ class Maker(Wire):
 
     def __init__(self, folder):
         self.folder = folder
-        self.ring = Creates(folder)
-        super().__init__(creates=self.ring.memory)
+        self.ring = NameRing(folder)
+        super().__init__(ring=self.ring.memory)
         self.ask(INIT, struct.pack("<IIIII", 7, 41, 131072, INIT_EXT, PASSTHROUGH2) + bytes(44))
         self.forwarded()
         self.reply(struct.pack("<IIIIHHIIHHII", 7, 31, 131072, 1, 12, 9, 1 << 24, 1, 256, 0, 0, 0) + bytes(24))
@@ -69,7 +67,7 @@ def maker(tmp_path):
 
 
 def test_the_layouts_of_reader_and_writer_agree():
-    assert creates.RING_BYTES == CREATE_RING_BYTES
+    assert name_ring.RING_BYTES == NAME_RING_BYTES
 
 
 def test_a_create_is_answered_with_a_spare_and_recorded(maker):
@@ -140,14 +138,14 @@ def test_a_name_is_there_from_its_create_on(maker):
 
 def test_a_full_ring_gives_nothing_until_it_is_settled(maker):
     made = 0
-    while made < creates.RECORDS:
-        while maker.transport.add_spare(made + 1, made + 1, -1, 5) and made < creates.RECORDS:
+    while made < name_ring.RECORDS:
+        while maker.transport.add_spare(made + 1, made + 1, -1, 5) and made < name_ring.RECORDS:
             maker.create(b"f%d" % made)
             maker.answered()
             made += 1
     maker.create(b"one more")
     assert maker.forwarded()[0] == CREATE
-    assert [one.name for one in maker.pending()] == [b"f%d" % i for i in range(creates.RECORDS)]
+    assert [one.name for one in maker.pending()] == [b"f%d" % i for i in range(name_ring.RECORDS)]
     maker.ring.settle(maker.ring.put)
     assert not maker.pending()
     maker.create(b"one more")
@@ -161,25 +159,17 @@ def test_spares_are_bounded(maker):
 
 
 def test_a_ring_that_makes_no_sense_is_begun_anew(tmp_path):
-    ring = Creates(tmp_path)
+    ring = NameRing(tmp_path)
     ring.memory[8:24] = struct.pack("<QQ", 5, 6)
-    assert Creates(tmp_path).pending(0) == [] and creates.pending_inodes(tmp_path) == []
-    tmp_path.joinpath(*creates.PLACE).write_bytes(b"short")
-    assert Creates(tmp_path).put == 0
-    ring = Creates(tmp_path)
+    assert NameRing(tmp_path).pending(0) == [] and name_ring.pending_inodes(tmp_path) == []
+    tmp_path.joinpath(*name_ring.PLACE).write_bytes(b"short")
+    assert NameRing(tmp_path).put == 0
+    ring = NameRing(tmp_path)
     ring.memory[8:16] = struct.pack("<Q", 1)  # a record of zeros: no name, no file
     assert ring.pending(1) == []
 
 
 # --- after a crash
-
-
-@pytest.fixture
-def settings(tmp_path):
-    (tmp_path / "shm").mkdir()
-    yield Settings(store=tmp_path / "store", shm_size=64 << 20, shm_dir=tmp_path / "shm")
-    for folder in (tmp_path / "shm").iterdir():
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 def crash_with(settings, *names):
@@ -201,12 +191,12 @@ def crash_with(settings, *names):
 
 async def test_a_file_that_the_index_never_heard_of_is_there_after_a_crash(settings):
     folder, inos = crash_with(settings, b"a", b"b")
-    assert creates.pending_inodes(folder) == inos
+    assert name_ring.pending_inodes(folder) == inos
     store = Store(settings)
     try:
         assert [store.find(name).ino for name in ("a", "b")] == inos
         assert await store.get("b") == b"content of b"
-        assert not store.creates.pending(store.creates.put)
+        assert not store.ring.pending(store.ring.put)
         assert store.namespace.reserve_ino() > max(inos)
     finally:
         store.close()
@@ -214,9 +204,9 @@ async def test_a_file_that_the_index_never_heard_of_is_there_after_a_crash(setti
 
 async def test_records_that_were_entered_already_are_left_alone(settings):
     folder, _ = crash_with(settings, b"a")
-    before = folder.joinpath(*creates.PLACE).read_bytes()
+    before = folder.joinpath(*name_ring.PLACE).read_bytes()
     Store(settings).close()
-    folder.joinpath(*creates.PLACE).write_bytes(before)  # the crash came before the ring heard of the commit
+    folder.joinpath(*name_ring.PLACE).write_bytes(before)  # the crash came before the ring heard of the commit
     store = Store(settings)
     try:
         assert await store.get("a") == b"content of a"
@@ -227,13 +217,13 @@ async def test_records_that_were_entered_already_are_left_alone(settings):
 
 async def test_a_name_that_is_taken_is_told_and_hurts_nobody(settings, caplog):
     folder, _ = crash_with(settings, b"a")
-    before = folder.joinpath(*creates.PLACE).read_bytes()
+    before = folder.joinpath(*name_ring.PLACE).read_bytes()
     store = Store(settings)
     store.namespace.unlink(1, b"a")
     store.namespace.delete_inode(store.namespace.orphans()[0])
     await store.put("a", b"another")
     store.close()
-    folder.joinpath(*creates.PLACE).write_bytes(before)
+    folder.joinpath(*name_ring.PLACE).write_bytes(before)
     store = Store(settings)
     try:
         assert "cannot be entered" in caplog.text and os.strerror(errno.EEXIST) in caplog.text

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from cascadefs import creates, media
+from cascadefs import media, name_ring
 from cascadefs.ext import hashing
 from cascadefs.fsck.names import Paths
 from cascadefs.fsck.report import Places, Progress, Report
@@ -82,7 +82,7 @@ class Copies:
     def _check_staged(self, what: str, folder: Path, home: int) -> None:
         here = set(self._names(folder))
         rows = {str(ino): ino for (ino,) in self.image.execute("SELECT ino FROM inodes WHERE home=?", (home,))}
-        created = {str(ino) for ino in creates.pending_inodes(folder.parent)}
+        created = {str(ino) for ino in name_ring.pending_inodes(folder.parent)}
         for name in here - rows.keys():
             if name in created:
                 self.report.notes.append(f"{what} holds a file that was made just before a crash: the next mount enters it")

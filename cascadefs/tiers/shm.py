@@ -13,8 +13,8 @@ import os
 import time
 from pathlib import Path
 
-from cascadefs.creates import PLACE as CREATES
 from cascadefs.doors import private_folder
+from cascadefs.name_ring import PLACE as NAMES
 from cascadefs.tiers.files import FileTier
 
 BURST_SHARE = 0.5
@@ -78,8 +78,8 @@ class ShmTier(FileTier):
         for digest in list(self.objects):
             self.drop(digest)
         with contextlib.suppress(FileNotFoundError):
-            self.folder.joinpath(*CREATES).unlink()
-            (self.folder / CREATES[0]).rmdir()
+            self.folder.joinpath(*NAMES).unlink()
+            (self.folder / NAMES[0]).rmdir()
         if self.own_mount and _libc.umount2(os.fsencode(self.folder), MNT_DETACH):
             log.warning("the memory tier %s stays mounted: %s", self.folder, os.strerror(ctypes.get_errno()))
         with contextlib.suppress(OSError):  # it holds what release() did not know of: then it stays

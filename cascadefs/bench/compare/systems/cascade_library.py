@@ -1,4 +1,4 @@
-"""cascadefs as a library: Store.put and Store.get without FUSE. A store belongs to one process, so each rank has its own.
+"""cascadefs as a library: Store.put and Store.get_into without FUSE. A store belongs to one process, so each rank has its own.
 
 Owns: the trio thread in which a store lives, and the way into it. Equal contents are found within a rank only.
 """
@@ -13,17 +13,7 @@ from pathlib import Path
 
 import trio
 
-from cascadefs.bench.compare.adapter import (
-    Pair,
-    Room,
-    Safety,
-    Service,
-    Shape,
-    StorageAdapter,
-    occupied_bytes,
-    register,
-    split,
-)
+from cascadefs.bench.compare.adapter import Pair, Room, Safety, Service, Shape, StorageAdapter, occupied_bytes, register
 from cascadefs.bench.compare.systems.cascade_mount import SPARE_BYTES
 from cascadefs.bench.targets import unmount
 from cascadefs.config import Settings
@@ -113,10 +103,10 @@ class CascadeLibrary(StorageAdapter):
 
     def get(self, block_id: str, sink: Pair) -> Pair | None:
         try:
-            found = trio.from_thread.run(self.thread.store.get, block_id, trio_token=self.thread.token)
+            done = trio.from_thread.run(self.thread.store.get_into, block_id, *sink, trio_token=self.thread.token)
         except FileNotFoundError:
             return None
-        return split(memoryview(found))
+        return sink if done == sum(map(len, sink)) else None
 
     def contains(self, block_id: str) -> bool:
         try:

@@ -1,0 +1,156 @@
+"""Names that were made and removed for the kernel and are not in the index yet: a ring of records in the memory tier, which
+outlives all processes.
+
+Owns: the layout, reading it, and saying what is done with. Its writer is the transport (cython_ext/name_ring.pxd), which
+answers CREATE and UNLINK by itself; without a mount nobody writes. Knows no index. Invariants:
+(1) A record counts from when `put` says so until `done` does. It is settled after the commit that enters it, so a crash may
+    show it again. Before that commit it gets the number of its operation: the folder's row tells whether it was entered
+    (namespace.py `is_done`). A number of 0: nobody has begun.
+(2) Nothing in the file is trusted: a ring that makes no sense is begun anew, with a line in the log.
+(3) Records are in the order of the changes: a name may be removed and made again.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from cascadefs.config import NAME_MAX
+from cascadefs.doors import open_private, private_folder
+
+log = logging.getLogger(__name__)
+PLACE = ("names", "ring")  # folder and file, in the folder of the memory tier
+RECORDS = 1 << 11
+_HEAD = struct.Struct("<8sQQ40x")  # magic with the version of this layout, put, done
+_RECORD = struct.Struct("<4QqQ4IiI256s")
+_NUMBER_AT = 40  # in a record
+_CREATE, _UNLINK = 35, 10  # opcodes of FUSE
+_COUNT = struct.Struct("<Q")
+MAGIC = b"CFNR\x01\0\0\0"
+RING_BYTES = _HEAD.size + RECORDS * _RECORD.size
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """An empty regular file. `at`: its place among all records; `request`: the unique number of the CREATE; `fh`, `backing_id`:
+    as the kernel was told."""
+
+    at: int
+    request: int
+    number: int
+    folder: int
+    ino: int
+    fh: int
+    time_ns: int
+    mode: int
+    uid: int
+    gid: int
+    backing_id: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A name of something that is no folder is gone. `request`: the unique number of the UNLINK."""
+
+    at: int
+    request: int
+    number: int
+    folder: int
+    time_ns: int
+    name: bytes
+
+
+Change: TypeAlias = Created | Removed
+
+
+def pending_inodes(folder: Path) -> list[int]:
+    """Inodes of files made, in a ring that nobody uses, read without changing anything; none when there is no ring or it makes
+    no sense."""
+    try:
+        fd = open_private(folder.joinpath(*PLACE), os.O_RDONLY)
+    except OSError:
+        return []
+    try:
+        memory = os.pread(fd, RING_BYTES, 0)
+    finally:
+        os.close(fd)
+    if len(memory) != RING_BYTES or not makes_sense(memory):
+        return []
+    _, put, done = _HEAD.unpack_from(memory)
+    found = (_RECORD.unpack_from(memory, _HEAD.size + at % RECORDS * _RECORD.size) for at in range(done, put))
+    return [record[2] for record in found if record[6] == _CREATE]
+
+
+def makes_sense(memory: bytes | mmap.mmap) -> bool:
+    """Whether the head of a ring is one."""
+    magic, put, done = _HEAD.unpack_from(memory)
+    return bool(magic == MAGIC and put - RECORDS <= done <= put)
+
+
+class NameRing:
+    """The ring of one memory tier, mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or make the file. Raises StoreError."""
+        private_folder(folder / PLACE[0])
+        self._path = folder.joinpath(*PLACE)
+        fd = open_private(self._path, os.O_RDWR | os.O_CREAT)
+        try:
+            fresh = os.fstat(fd).st_size != RING_BYTES
+            if fresh:
+                os.ftruncate(fd, RING_BYTES)
+            self.memory = mmap.mmap(fd, RING_BYTES)
+        finally:
+            os.close(fd)
+        if not makes_sense(self.memory):
+            if not fresh:
+                log.warning("the ring of names makes no sense and is begun anew")
+            self.memory[: _HEAD.size] = _HEAD.pack(MAGIC, 0, 0)
+
+    def pending(self, put: int) -> list[Change]:
+        """What is not settled of the first `put`, in the order it happened."""
+        done = _HEAD.unpack_from(self.memory)[2]
+        found = (self._record(at) for at in range(done, put))
+        return [record for record in found if record is not None]
+
+    def _record(self, at: int) -> Change | None:
+        found = _RECORD.unpack_from(self.memory, self._place(at))
+        request, folder, ino, fh, time_ns, number, kind, mode, uid, gid, backing_id, name_bytes, name = found
+        name = name[:name_bytes]
+        if 0 < name_bytes <= NAME_MAX and b"/" not in name:
+            if kind == _UNLINK:
+                return Removed(at, request, number, folder, time_ns, name)
+            if kind == _CREATE and stat.S_ISREG(mode):
+                return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name)
+        log.error("a record of the ring of names makes no sense: %s", found)
+        return None
+
+    def _place(self, at: int) -> int:
+        return _HEAD.size + at % RECORDS * _RECORD.size
+
+    def begin(self, changes: Iterable[Change], numbers: Iterable[int]) -> None:
+        """These are about to be entered, by operations of these numbers; 0: they were not."""
+        for change, number in zip(changes, numbers, strict=True):
+            _COUNT.pack_into(self.memory, self._place(change.at) + _NUMBER_AT, number)
+
+    @property
+    def put(self) -> int:
+        """How many records there have been."""
+        return int(_HEAD.unpack_from(self.memory)[1])
+
+    def close(self) -> None:
+        """The store is closed: a ring with nothing in it goes, and is made anew by the next opening."""
+        if not self.pending(self.put):
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+    def settle(self, put: int) -> None:
+        """The first `put` records have had their effect."""
+        _COUNT.pack_into(self.memory, 16, put)

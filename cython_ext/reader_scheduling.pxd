@@ -1,0 +1,106 @@
+# How the reader of the device gets a processor: at once, and on the core of the program that it answers.
+#
+# Owns: its scheduling class, when to look where the caller runs, the move. A .pxd of inline functions, compiled into fuse_transport.
+# Knows no message. An answer takes a few microseconds; but where all cores are busy, an ordinary thread waits for milliseconds to
+# be let in, and its caller with it. A caller sleeps until its answer comes, so its core is free; a wake-up on another core, which
+# is often halted, costs ten times the answer itself on a virtual machine, and the scheduler keeps either state for seconds.
+# Invariants:
+# (1) The thread may run wherever it might before: it is moved, not bound, so the scheduler still takes it off a busy core.
+# (2) The thread is of the lowest real-time priority, where that is allowed; the kernel gives such threads 95 % of the time at most.
+# (3) What is not allowed or cannot be found out (no /proc, a caller in another namespace, a core that is not ours) changes nothing.
+
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport atoi
+from libc.string cimport strrchr
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close, read
+
+cdef extern from "<sched.h>" nogil:
+    ctypedef struct cpu_set_t:
+        pass
+    int sched_getcpu()
+    int sched_getaffinity(int thread, size_t size, cpu_set_t *mask)
+    int sched_setaffinity(int thread, size_t size, const cpu_set_t *mask)
+    struct sched_param:
+        int sched_priority
+    int SCHED_RR
+    int SCHED_RESET_ON_FORK
+    int sched_setscheduler(int thread, int policy, const sched_param *parameters)
+    int CPU_ISSET(int core, const cpu_set_t *mask)
+    int CPU_COUNT(const cpu_set_t *mask)
+    void CPU_ZERO(cpu_set_t *mask)
+    void CPU_SET(int core, cpu_set_t *mask)
+
+cdef enum:
+    LOOK_EVERY = 16  # requests: a look costs 5 us, a wake-up of another core 40
+    IDLE_NS = 1000000  # after such a pause a look is free in comparison
+    STAT_BYTES = 1024
+    FIELDS_BEFORE_CORE = 37  # of /proc/PID/stat, after the name of the command; the core is field 39 of all
+
+ctypedef struct CallerCore:  # zeros: not begun
+    bint begun
+    cpu_set_t allowed
+    bint useful  # whether there is a choice
+    uint32_t requests  # since the last look
+    int64_t last_ns
+
+
+cdef inline void begin_to_follow(CallerCore *follow) noexcept nogil:
+    """In the thread that is to follow."""
+    cdef sched_param lowest
+    lowest.sched_priority = 1
+    sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &lowest)
+    follow.begun = True
+    follow.useful = sched_getaffinity(0, sizeof(cpu_set_t), &follow.allowed) == 0 and CPU_COUNT(&follow.allowed) > 1
+
+
+cdef inline int core_of(uint32_t thread) noexcept nogil:
+    """Where a thread of this machine ran last; -1: not known."""
+    cdef char text[STAT_BYTES]
+    cdef const char *at
+    cdef int fd, field = 0
+    cdef ssize_t got
+    snprintf(text, STAT_BYTES, "/proc/%u/stat", thread)
+    fd = open(text, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return -1
+    got = read(fd, text, STAT_BYTES - 1)
+    close(fd)
+    text[max(got, 0)] = 0
+    at = strrchr(text, c")")
+    while at != NULL and at[0] and field < FIELDS_BEFORE_CORE:
+        at += 1
+        field += at[0] == c" "
+    return atoi(at + 1) if at != NULL and at[0] else -1
+
+
+cdef inline bint should_look(CallerCore *follow) noexcept nogil:
+    cdef timespec now
+    cdef int64_t now_ns, before = follow.last_ns
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    now_ns = <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+    follow.last_ns = now_ns
+    follow.requests += 1
+    if follow.requests < LOOK_EVERY and now_ns - before < IDLE_NS:
+        return False
+    follow.requests = 0
+    return True
+
+
+cdef inline void follow_caller(CallerCore *follow, uint32_t caller) noexcept nogil:
+    """Before the answer to a request of thread `caller`: now and then, go to where it waits."""
+    cdef cpu_set_t one
+    cdef int core
+    if not follow.begun:
+        begin_to_follow(follow)
+    if not follow.useful or not caller or not should_look(follow):
+        return
+    core = core_of(caller)
+    if core < 0 or core == sched_getcpu() or not CPU_ISSET(core, &follow.allowed):
+        return
+    CPU_ZERO(&one)
+    CPU_SET(core, &one)
+    if sched_setaffinity(0, sizeof(cpu_set_t), &one) == 0:
+        sched_setaffinity(0, sizeof(cpu_set_t), &follow.allowed)
