@@ -31,7 +31,7 @@ from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
-FEW = 16  # a question about one inode costs as much as one about all orphans, when there are few
+FEW = 256  # orphans may be many when files are removed: so many inodes are asked about one by one before all orphans are read
 DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 

@@ -65,7 +65,7 @@ cdef enum:  # what attributes.py says, too
     SETTLED_S = 3600
     BLOCK_BYTES = 4096
     FOLDER_BLOCK_BYTES = 131072
-    MODE_TYPE = 0o170000
+    MODE_FORMAT = 0o170000
     MODE_FOLDER = 0o040000
     MODE_REGULAR = 0o100000
     MODE_SETGID = 0o2000

@@ -29,7 +29,8 @@ from cython_ext.name_ring cimport SPARES_MAX, NameRing, Spare, allow_removals, s
 from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
 from cython_ext.own_answers cimport (
-    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, open_folder, remove_name, seek_file)
+    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, open_folder,
+    remove_name, seek_file)
 from cython_ext.positioned_io cimport read_range, write_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)

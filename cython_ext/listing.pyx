@@ -7,7 +7,7 @@
 # (4) No byte of a blob is left as the allocator gave it.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cython_ext.fuse_abi cimport BLOCK_BYTES, FOLDER_BLOCK_BYTES, MODE_FOLDER, MODE_TYPE, SETTLED_S, STAGED_S, fuse_attr
+from cython_ext.fuse_abi cimport BLOCK_BYTES, FOLDER_BLOCK_BYTES, MODE_FOLDER, MODE_FORMAT, SETTLED_S, STAGED_S, fuse_attr
 from libc.errno cimport ENOENT, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdio cimport snprintf
@@ -105,11 +105,11 @@ cdef void fill(DirentPlus *entry, sqlite3_value **of) noexcept nogil:
     put_time(sqlite3_value_int64(of[8]), &attr.mtime, &attr.mtimensec)
     put_time(sqlite3_value_int64(of[9]), &attr.ctime, &attr.ctimensec)
     attr.blocks, attr.blksize = <uint64_t>sqlite3_value_int64(of[11]), BLOCK_BYTES
-    if attr.mode & MODE_TYPE == MODE_FOLDER:
+    if attr.mode & MODE_FORMAT == MODE_FOLDER:
         attr.blksize = FOLDER_BLOCK_BYTES
     entry.entry_valid, entry.attr_valid = SETTLED_S, STAGED_S if home else SETTLED_S
     entry.attr_valid_nsec = home
-    entry.type = (attr.mode & MODE_TYPE) >> 12
+    entry.type = (attr.mode & MODE_FORMAT) >> 12
 
 
 cdef void step(sqlite3_context *context, int count, sqlite3_value **of) noexcept nogil:

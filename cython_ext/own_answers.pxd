@@ -63,7 +63,7 @@ cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer
     """GETATTR of what Python told of. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
     if not attributes_copy(&known.attributes, ino, answer):
         return False
-    return answer.attr.mode & MODE_TYPE == MODE_FOLDER or not removals_pending(&known.ring)
+    return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
 
 
 cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:

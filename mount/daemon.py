@@ -198,8 +198,7 @@ class Daemon:
         for opened in list(self.handles.all_handles()):
             self.store.files.release(opened)
         lookups, self.store.files.lookups = self.store.files.lookups, Counter()
-        for ino in lookups:
-            self.store.files.forget_if_gone(ino)
+        self.store.files.forget_all_gone(set(lookups))
 
     async def _leave(self) -> None:
         try:

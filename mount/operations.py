@@ -19,6 +19,7 @@ import pyfuse3
 import trio
 
 from cascadefs.errors import os_error
+from cascadefs.ext.listing import DOTS
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.answered import Answered
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
@@ -35,7 +36,6 @@ Context: TypeAlias = pyfuse3.RequestContext
 Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
-DOTS = 2
 XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
 CAPABILITY = b"security.capability"
 DROP_MEMORY = b"user.cascade.drop-memory"
