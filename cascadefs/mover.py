@@ -384,7 +384,7 @@ class Mover:
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
-        while self._has_dirty(last):
+        while self._has_dirty(last) or self.extent.placed:
             await self.flush_batch(())
         for ino in busy:
             if self.files.namespace.find(ino) is not None:
