@@ -135,9 +135,12 @@ class Mover:
     # --- dirty -> durable
 
     async def flush_batch(self, first: Sequence[int]) -> int:
-        """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at."""
+        """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at. Nothing
+        is done when the round before has served all of `first`."""
         async with self.extent.lock:
             chosen = self._choose(first)
+            if first and chosen and chosen[0].oid not in first:
+                return 0
             fds = list[int]()
             try:
                 pieces = self._pieces(chosen, fds)
@@ -378,7 +381,7 @@ class Mover:
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
-        while self._has_dirty(last):
+        while self._has_dirty(last) or self.extent.placed:
             await self.flush_batch(())
         for ino in busy:
             if self.files.namespace.find(ino) is not None:

@@ -281,7 +281,8 @@ class Sealer:
 
     def domain(self, inode: Inode | Waiting) -> int:
         """Contents are shared inside a domain only: 0 is the whole store; else what one user stores tells others nothing."""
-        return {"store": 0, "user": 1 + inode.uid, "off": (1 << 33) + inode.ino}[self.files.settings.dedup]
+        kind = self.files.settings.dedup
+        return 0 if kind == "store" else 1 + inode.uid if kind == "user" else (1 << 33) + inode.ino
 
     async def content(self, fd: int, size_bytes: int, prints: list[Print], domain: int) -> Content:
         """The object of the same bytes, confirmed by comparing where a copy is at hand."""

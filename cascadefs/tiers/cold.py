@@ -120,10 +120,14 @@ class ColdTier:
         """Write each batch; the next is packed while the last is on its way. A single one needs no thread."""
         placed = list[tuple[int, Location]]()
         if len(batches) == 1:
-            with page_buffer(_total(batches[0])) as data:
+            data = self.buffers.take(max(MIB, size := _total(batches[0])))  # of a length that is kept
+            try:
                 placed = self._pack(number, position, batches[0], data)
-                media.write_fully(fd, data, position)
-            return placed, position + _total(batches[0])
+                with memoryview(data) as view, view[:size] as part:
+                    media.write_fully(fd, part, position)
+            finally:
+                self.buffers.give(data)
+            return placed, position + size
         with Writes(fd, self.buffers) as writes:
             for batch in batches:
                 data = writes.buffer(size := _total(batch))
