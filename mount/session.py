@@ -56,7 +56,12 @@ class Session:
                     end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
         self._theirs = theirs.detach()  # libfuse closes it
         self.transport = Transport(
-            device.fd, self._ours.fileno(), passthrough=self.wanted, events=table.events, creates=creates
+            device.fd,
+            self._ours.fileno(),
+            passthrough=self.wanted,
+            splicing=True,
+            events=table.events,
+            creates=creates,
         )
         self._threads: list[threading.Thread] = []
         self._closed = False
