@@ -7,6 +7,7 @@ FOPEN_DIRECT_IO: int
 FOPEN_KEEP_CACHE: int
 FOPEN_NOFLUSH: int
 FOPEN_PASSTHROUGH: int
+LARGEST_SPLICED_READ: int
 
 class Transport:
     def __init__(
@@ -15,6 +16,7 @@ class Transport:
         socket_fd: int,
         *,
         passthrough: bool,
+        splicing: bool = ...,
         events: Buffer | None = ...,
         ring: Buffer | None = ...,
         max_message_bytes: int = ...,

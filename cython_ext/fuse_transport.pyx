@@ -10,36 +10,34 @@
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
-# (3) A READ is short only at the end of the file, a WRITE never. A WRITE that finds no space goes to pyfuse3 untouched.
-# (4) A handle is borrowed while its descriptor is in use and not for longer: never while sending or replying.
-# (5) A request is remembered before it is forwarded, so its answer finds it.
-# (6) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
+# (3) A WRITE that finds no space goes to pyfuse3 untouched.
+# (4) A request is remembered before it is forwarded, so its answer finds it.
+# (5) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
+from cython_ext.answers_here cimport files_answered, names_answered
 from cython_ext.attribute_table cimport attributes_drop, attributes_put
-from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take, keep_forgets
+from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
-from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_put, listings_take
+from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_take
 from cython_ext.message_io cimport (
-    MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, asks_for_capability,
-    await_ready, count, is_told_once, least_bytes, recv)
+    MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, await_ready, count,
+    is_told_once, least_bytes, recv)
 from cython_ext.name_ring cimport SPARES_MAX, NameRing, Spare, allow_removals, spares_put, spares_withdraw
-from cython_ext.name_table cimport is_absent, name_hash, names_add, names_remove
+from cython_ext.name_table cimport name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
-from cython_ext.own_answers cimport (
-    Known, allocate_file, attributes_of, keep_release, known_free, known_init, make_file, open_file, open_folder,
-    remove_name, seek_file)
-from cython_ext.positioned_io cimport read_range, write_range
+from cython_ext.own_answers cimport Known, known_free, known_init
+from cython_ext.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.reader_scheduling cimport CallerCore, follow_caller
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
-from cython_ext.wire cimport Wire, answer, answer_open, make_release, refuse, send_answer, send_body, send_request, to_device
-from libc.errno cimport (
-    EAGAIN, ECONNRESET, EDQUOT, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODATA, ENODEV, ENOENT, ENOMEM, ENOSPC, ENOSYS, errno)
+from cython_ext.served_io cimport read_served, write_served
+from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -64,6 +62,7 @@ FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
 FOPEN_PASSTHROUGH = OPEN_PASSTHROUGH
+LARGEST_SPLICED_READ = PIPE_BYTES - PAGE  # a page is its header's
 
 cdef int check(int code) except -1:
     if code:
@@ -76,6 +75,7 @@ cdef class Transport:
     cdef size_t message_max
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted
+    cdef bint splicing
     cdef bint passthrough_agreed
     cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
     cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
@@ -89,14 +89,15 @@ cdef class Transport:
     cdef uint8_t init_message[INIT_MAX]
     cdef size_t init_size
 
-    def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, uint8_t[::1] events = None,
+    def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, bint splicing = False, uint8_t[::1] events = None,
                   uint8_t[::1] ring = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
         """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken.
-        `ring`: NAME_RING_BYTES of the memory tier, for names that are made and removed here; without it none is."""
+        `ring`: NAME_RING_BYTES of the memory tier, for names that are made and removed here; without it none is.
+        `splicing`: answer large READs through a pipe. Only with a true FUSE device: a socket would cut them into many messages."""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.wire.device_fd, self.wire.socket_fd = device_fd, socket_fd
-        self.message_max, self.passthrough_wanted = max_message_bytes, passthrough
+        self.message_max, self.passthrough_wanted, self.splicing = max_message_bytes, passthrough, splicing
         self.reply_buffer = aligned_buffer(max_message_bytes)
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
         self.ring_memory = ring
@@ -129,11 +130,14 @@ cdef class Transport:
         """
         cdef uint8_t *buffer = aligned_buffer(self.message_max)
         cdef ReaderThread *reader = readers_enter(&self.readers)
+        cdef PagePipe pipe
         cdef int code = EAGAIN
+        pipe_init(&pipe, self.splicing)
         with nogil:
             if reader != NULL:
-                code = self.request_loop(reader, buffer + PAGE)
+                code = self.request_loop(reader, buffer + PAGE, &pipe)
                 readers_leave(&self.readers, reader)
+            pipe_free(&pipe)
             free(buffer)
         check(code)
 
@@ -337,7 +341,8 @@ cdef class Transport:
         cdef uint64_t *by_opcode = self.wire.counters.requests
         result = {OPCODE_NAMES[opcode]: by_opcode[opcode] for opcode in range(OPCODE_SLOTS) if by_opcode[opcode]}
         result.update(
-            read_bytes=self.wire.counters.read_bytes, write_bytes=self.wire.counters.write_bytes, served=self.wire.counters.served,
+            read_bytes=self.wire.counters.read_bytes, spliced_bytes=self.wire.counters.spliced_bytes,
+            write_bytes=self.wire.counters.write_bytes, served=self.wire.counters.served,
             forwarded=self.wire.counters.forwarded, failed_replies=self.wire.counters.failed_replies,
             malformed=self.wire.counters.malformed, lost_handles=self.wire.counters.lost_handles,
             known_handles=self.known.handles.map.used)
@@ -345,7 +350,7 @@ cdef class Transport:
 
     # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------
 
-    cdef int request_loop(self, ReaderThread *reader, uint8_t *data) noexcept nogil:
+    cdef int request_loop(self, ReaderThread *reader, uint8_t *data, PagePipe *pipe) noexcept nogil:
         """0 at the end of the mount or after stop(), else an errno."""
         cdef uint8_t *message = data - WRITE_HEAD
         cdef CallerCore follow
@@ -358,7 +363,7 @@ cdef class Transport:
             if got > 0:
                 if self.passthrough_agreed:  # else it moves whole contents, and is one of several
                     follow_caller(&follow, (<fuse_in_header *>message).pid)
-                code = self.take_request(message, <size_t>got)
+                code = self.take_request(message, <size_t>got, pipe)
             elif got == 0 or errno == ENODEV:
                 break
             elif errno == EAGAIN:
@@ -369,14 +374,10 @@ cdef class Transport:
         reader_works(reader)
         return code
 
-    cdef int take_request(self, uint8_t *message, size_t size) noexcept nogil:
+    cdef int take_request(self, uint8_t *message, size_t size, PagePipe *pipe) noexcept nogil:
         """0, or the errno that ends the loop."""
         cdef fuse_in_header *head = <fuse_in_header *>message
         cdef fuse_io_in *listing = <fuse_io_in *>(message + sizeof(fuse_in_header))
-        cdef fuse_attr_out found
-        cdef fuse_create_out made
-        cdef fuse_open_out opened
-        cdef fuse_lseek_out sought
         cdef int code
         if size < sizeof(fuse_in_header):
             count(&self.wire.counters.malformed, 1)
@@ -385,88 +386,26 @@ cdef class Transport:
         if head.len != size or size < least_bytes(head.opcode):
             count(&self.wire.counters.malformed, 1)
             return refuse(&self.wire, head, EINVAL)
-        if head.opcode == FUSE_READ:
-            return self.take_read(message, size)
+        if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.message_max):
+            return 0
         if head.opcode == FUSE_WRITE:
             return self.take_write(message, size)
-        if head.opcode == FUSE_LOOKUP and is_absent(&self.known.names, message, size):
-            return answer(&self.wire, head.unique, ENOENT, NULL, 0)
-        if not self.capabilities and asks_for_capability(message, size):
-            return answer(&self.wire, head.unique, ENODATA, NULL, 0)
-        if head.opcode == FUSE_GETATTR and attributes_of(&self.known, head.nodeid, &found):
-            return answer(&self.wire, head.unique, 0, &found, sizeof(found))
-        if head.opcode == FUSE_CREATE and self.passthrough_agreed and make_file(&self.known, message, size, &made):
-            return answer_open(&self.wire, &self.known.events, head.unique, &made, sizeof(made), made.opened.fh)
-        if head.opcode == FUSE_UNLINK and remove_name(&self.known, message, size):
-            return answer(&self.wire, head.unique, 0, NULL, 0)
-        if head.opcode == FUSE_OPEN and open_file(&self.known, message, &opened):
-            return answer_open(&self.wire, &self.known.events, head.unique, &opened, sizeof(opened), opened.fh)
-        if head.opcode == FUSE_RELEASE and keep_release(&self.known, message):
-            return answer(&self.wire, head.unique, 0, NULL, 0)
-        if head.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET) and keep_forgets(&self.known.events, message, size):
-            return 0
-        if head.opcode == FUSE_IOCTL:  # isatty() at every open() of Python's; the kernel makes ENOTTY of it
-            return answer(&self.wire, head.unique, ENOSYS, NULL, 0)
-        if head.opcode == FUSE_FALLOCATE:
-            return answer(&self.wire, head.unique, allocate_file(&self.known, message), NULL, 0)
-        if head.opcode == FUSE_LSEEK:
-            code = seek_file(&self.known, message, &sought)
-            return answer(&self.wire, head.unique, code, &sought, sizeof(sought))
-        if head.opcode in (FUSE_OPENDIR, FUSE_RELEASEDIR) and open_folder(&self.known, head, &opened):
-            return answer(&self.wire, head.unique, 0, &opened, sizeof(opened) if head.opcode == FUSE_OPENDIR else 0)
-        if head.opcode == FUSE_READDIRPLUS and listings_put(&self.known.listings, message):
-            return 0
+        if names_answered(&self.known, &self.wire, message, size, self.passthrough_agreed, &code):
+            return code
+        if files_answered(&self.known, &self.wire, message, size, self.capabilities, &code):
+            return code
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB
             listing.size = min(listing.size, <uint32_t>LISTING_BYTES)
         return self.forward(message, head.len, EIO)
 
-    cdef int take_read(self, uint8_t *message, size_t size) noexcept nogil:
-        cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
-        cdef uint8_t *data = message + WRITE_HEAD
-        cdef uint64_t unique = head.unique
-        cdef int64_t got
-        cdef Handle *handle = handles_borrow(&self.known.handles, arg.fh)
-        if handle == NULL:
-            return self.forward(message, size, EIO)
-        if not handle.served or handle.fd < 0:
-            handles_return(&self.known.handles, handle)
-            return self.forward(message, size, EIO)
-        if arg.size > self.message_max - WRITE_HEAD:
-            got = -EINVAL
-        else:  # this overwrites the request, which ends where the data begin: in the answer's head only
-            got = read_range(handle.fd, data, arg.size, <int64_t>arg.offset)
-        handles_return(&self.known.handles, handle)
-        if got < 0:
-            return answer(&self.wire, unique, <int>-got, NULL, 0)
-        count(&self.wire.counters.served, 1)
-        count(&self.wire.counters.read_bytes, <uint64_t>got)
-        send_answer(&self.wire, data - REPLY_HEAD, REPLY_HEAD + <size_t>got, unique, 0)
-        return 0
-
     cdef int take_write(self, uint8_t *message, size_t size) noexcept nogil:
         cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
-        cdef fuse_write_out done
-        cdef int code
-        cdef Handle *handle
-        if arg.size != size - WRITE_HEAD:
+        cdef int refusal
+        if (<fuse_io_in *>(message + sizeof(fuse_in_header))).size != size - WRITE_HEAD:
             count(&self.wire.counters.malformed, 1)
             return refuse(&self.wire, head, EINVAL)
-        handle = handles_borrow(&self.known.handles, arg.fh)
-        if handle == NULL:
-            return self.forward(message, size, EIO)
-        if not handle.served or not handle.writable or handle.fd < 0:
-            handles_return(&self.known.handles, handle)
-            return self.forward(message, size, EIO)
-        code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
-        handles_return(&self.known.handles, handle)
-        if code in (ENOSPC, EDQUOT):
-            return self.forward(message, size, ENOSPC)  # Python can make room; the bytes already written it writes again
-        if not code:
-            count(&self.wire.counters.write_bytes, arg.size)
-        done.size, done.padding = arg.size, 0
-        return answer(&self.wire, head.unique, code, &done, sizeof(done))
+        refusal = write_served(&self.known.handles, &self.wire, message)
+        return self.forward(message, size, refusal) if refusal else 0
 
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
         """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""

@@ -44,6 +44,7 @@ cdef enum:
 ctypedef struct Counters:
     uint64_t requests[OPCODE_SLOTS]
     uint64_t read_bytes
+    uint64_t spliced_bytes  # of them
     uint64_t write_bytes
     uint64_t served
     uint64_t forwarded

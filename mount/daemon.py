@@ -29,6 +29,7 @@ from cascadefs import crash
 from cascadefs.config import Configuration
 from cascadefs.errors import UserError
 from cascadefs.ext import listing
+from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 from cascadefs.mount import device
 from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.handles import Handles
@@ -40,7 +41,8 @@ from cascadefs.mount.virtual import Virtual
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
-READ_AHEAD_KIB = 4096
+# Two READs: one for each reader thread. More only push each other out of the caches (4 MiB: 2 to 4 % more processor time).
+READ_AHEAD_KIB = 2 * LARGEST_SPLICED_READ >> 10
 ANSWER_S = 20
 CATCH_UP_S, HURRY_S = 0.01, 0.001
 M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
@@ -74,7 +76,8 @@ class Daemon:
         try:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
-            self.device = kept or device.mount(wanted.mountpoint, wanted.options)
+            portable = not settings.passthrough or kernel_release() < PASSTHROUGH_SINCE
+            self.device = kept or device.mount(wanted.mountpoint, wanted.options, portable)
             self.session = Session(self.device, settings.passthrough, table, self.store.ring.memory)
         except BaseException as e:
             if not self.store.residency.memory.objects:

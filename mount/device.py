@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascadefs.errors import UserError
+from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 
 FILESYSTEM = "fuse.cascadefs"
 FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024, "nodiratime": 2048}
@@ -80,17 +81,19 @@ def _clear_if_dead(path: Path) -> None:
         raise UserError(f"cascadefs is already mounted at {path}; unmount it with: cascadefs umount {path}")
 
 
-def mount(path: Path, options: Sequence[str]) -> Device:
-    """Mount a new FUSE connection at `path`."""
+def mount(path: Path, options: Sequence[str], portable: bool) -> Device:
+    """Mount a new FUSE connection at `path`. `portable`: it is certain that the kernel will not serve reads by itself."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise UserError("/dev/fuse is missing or closed to you; load the kernel module: modprobe fuse")
-    return _mount_directly(path, options) if may_mount() else _mount_by_helper(path, options)
+    return _mount_directly(path, options, portable) if may_mount() else _mount_by_helper(path, options)
 
 
-def _mount_directly(path: Path, options: Sequence[str]) -> Device:
+def _mount_directly(path: Path, options: Sequence[str], portable: bool) -> Device:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     flags = FLAGS["nosuid"] | FLAGS["nodev"] if os.geteuid() else 0
     data = [f"fd={fd}", "rootmode=40000", f"user_id={os.geteuid()}", f"group_id={os.getegid()}", *sorted(OURS)]
+    if portable:
+        data.append(f"max_read={LARGEST_SPLICED_READ}")
     for option in options:
         if option in FLAGS:
             flags |= FLAGS[option]

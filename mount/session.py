@@ -55,7 +55,14 @@ class Session:
                 with contextlib.suppress(PermissionError):
                     end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
         self._theirs = theirs.detach()  # libfuse closes it
-        self.transport = Transport(device.fd, self._ours.fileno(), passthrough=self.wanted, events=table.events, ring=ring)
+        self.transport = Transport(
+            device.fd,
+            self._ours.fileno(),
+            passthrough=self.wanted,
+            splicing=True,
+            events=table.events,
+            ring=ring,
+        )
         self._threads: list[threading.Thread] = []
         self._closed = False
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, Transport
+from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, LARGEST_SPLICED_READ, Transport
 
 INIT, OPEN, READ, WRITE, CREATE, FALLOCATE, LSEEK, LOOKUP, READDIR = 26, 14, 15, 16, 35, 43, 46, 1, 28
 INIT_EXT, KILLPRIV_V2, PASSTHROUGH2, MMAP2 = 1 << 30, 1 << 28, 1 << 5, 1 << 4
@@ -19,8 +19,8 @@ TIMEOUT_S = 5
 class Wire:
     """`kernel` is where the kernel would be, `fuse` where pyfuse3 would be."""
 
-    def __init__(self, **options):
-        self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, kind=socket.SOCK_SEQPACKET, **options):
+        self.kernel, device = socket.socketpair(socket.AF_UNIX, kind)
         self.fuse, relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.kernel, self.fuse):
             end.settimeout(TIMEOUT_S)
@@ -128,6 +128,28 @@ def test_served_reads_and_writes_are_exact(wire, tmp_path):
     assert (tmp_path / "f").read_bytes() == data[:5] + b"w" * 5000 + data[5005:]
     counts = wire.transport.counts()
     assert counts["read"] == 5 and counts["write_bytes"] == 5000 and counts["forwarded"] == 0
+
+
+def test_large_reads_through_the_pipe_are_exact(tmp_path):
+    """A stream takes what is spliced into it as it comes; the true device, as one message."""
+    data = os.urandom(3_000_000)
+    (tmp_path / "f").write_bytes(data)
+    wire = Wire(socket.SOCK_STREAM, splicing=True)
+    whole = LARGEST_SPLICED_READ
+    piped = ((0, 1 << 16), (4096, whole), (5, 300_000), (5, whole - 5), (2_900_000, 1 << 20))
+    copied = ((0, whole + 1), (5, whole), (7, 65_535), (2_999_990, 1 << 20), (1 << 40, 1 << 20))
+    with open(tmp_path / "f", "rb") as file, wire.kernel.makefile("rb") as answers:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True)
+        for offset, size in (*piped, *copied, piped[1]):
+            wire.ask(READ, io_body(1, offset, size), unique=offset + 1)
+            expected = data[offset : offset + size]
+            assert answers.read(16) == struct.pack("<IiQ", 16 + len(expected), 0, offset + 1)
+            assert answers.read(len(expected)) == expected
+        wire.transport.drop_handle(1)
+    spliced = sum(len(data[offset : offset + size]) for offset, size in (*piped, piped[1]))
+    wire.close()
+    counts = wire.transport.counts()
+    assert (counts["spliced_bytes"], counts["failed_replies"]) == (spliced, 0)
 
 
 def test_a_read_only_handle_is_not_written_by_the_transport(wire, tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import cascadefs
 
+from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 from cascadefs.mount.cli import is_running
 
 MIB = 1 << 20
@@ -135,6 +136,39 @@ def test_two_processes_and_many_threads_see_right_bytes(mount):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(worker, range(8)))
+
+
+@pytest.mark.parametrize("mount", ["portable"], indirect=True)
+def test_large_reads_are_spliced_also_while_the_file_grows_and_shrinks(mount):
+    """Each page as the file held it at some time: a writer cuts and extends, readers see what it wrote or zeros."""
+    mount.start()
+    path, size, stamp = mount.path / "f", 3 * MIB + 123, b"0123456789abcdef"
+    data = os.urandom(size)
+    path.write_bytes(data)
+    assert path.read_bytes() == data
+    spliced = mount.status()["requests"]["spliced_bytes"]
+    assert spliced >= 3 * LARGEST_SPLICED_READ
+    path.write_bytes(stamp * (size // 16))
+    over = threading.Event()
+
+    def cut_and_extend():
+        with open(path, "r+b", buffering=0) as file:
+            while not over.is_set():
+                file.truncate(MIB + 16)
+                os.pwrite(file.fileno(), stamp * (size // 16), 0)
+
+    with ThreadPoolExecutor(1) as pool, open(path, "rb", buffering=0) as file:
+        writer = pool.submit(cut_and_extend)
+        try:
+            for _ in range(20):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                found = os.pread(file.fileno(), size, 0)
+                assert found[: MIB + 16] == stamp * (MIB // 16 + 1)
+                assert all(set(found[at::16]) <= {0, stamp[at]} for at in range(16))
+        finally:
+            over.set()
+        writer.result()
+    assert mount.status()["requests"]["spliced_bytes"] > spliced
 
 
 def test_facts_are_told_on_request_and_not_listed(mount):
