@@ -4,6 +4,7 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (1) `clean` holds exactly the copies in memory whose object is durable in the cold tier: only they may be evicted.
 (2) A copy that somebody has open is not dropped: its memory would not come back, and its next open would find nothing.
 (3) The bytes that promote() puts into memory were verified block by block.
+(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice.
 """
 
 import contextlib
@@ -41,6 +42,10 @@ def nobody_holds() -> None:
     """Without a mount."""
 
 
+def nobody_counts(digest: bytes) -> None:
+    """Without read_ahead.py."""
+
+
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
@@ -53,6 +58,8 @@ class Residency:
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
+        self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
+        self.under_way: dict[bytes, trio.Event] = {}  # set when that promotion has ended, well or not
         self._promotions = 0
         self._opened_before: set[bytes] = set()
 
@@ -119,6 +126,7 @@ class Residency:
         if tier is self.memory:
             self.clean_bytes -= self.clean.pop(digest, 0)
             self.policy.forgotten(digest)
+            self.dropped(digest)
 
     def adopt(self, tier: FileTier, ino: int, digest: bytes, durable: bool) -> None:
         """The staged file of `ino` becomes a copy of the object. Nothing is copied."""
@@ -156,17 +164,18 @@ class Residency:
 
     # --- cold -> memory
 
-    def materialize(self, blocks: Sequence[Block], path: str) -> None:
-        """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
+    def materialize(self, blocks: Sequence[Block], path: str, heal: bool = True) -> None:
+        """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged: when
+        there is no good copy, or at once where `heal` says not to look for one."""
         media.remove(path)
         fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            self._copy_blocks(blocks, fd)
+            self._copy_blocks(blocks, fd, self.healer.read if heal else self._read_or_fail)
             media.truncate(fd, sum(block.length for block in blocks))
         finally:
             os.close(fd)
 
-    def _copy_blocks(self, blocks: Sequence[Block], fd: int) -> None:
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int, read: Callable[[Block], Payload]) -> None:
         """Each block to its place, the next ones read from the disk meanwhile. Zeros are read once and left as holes."""
         offset, holes = 0, set[bytes]()
         ahead = blocks if len(blocks) > 1 else ()
@@ -175,9 +184,13 @@ class Residency:
                 record = next(records, None)
                 if block.fingerprint in holes:
                     self._give_back(record)
-                elif not self._copy_block(record or self.healer.read(block), fd, offset):
+                elif not self._copy_block(record or read(block), fd, offset):
                     holes.add(block.fingerprint)
                 offset += block.length
+
+    def _read_or_fail(self, block: Block) -> Payload:
+        assert block.location is not None
+        return self.cold.read(block.location, block.fingerprint)
 
     def _sound_record(self, holes: Container[bytes], block: Block) -> Payload | None:
         """A block as it lies in its extent. None: it is damaged, which the healer sees to, or need not be read."""
@@ -208,26 +221,43 @@ class Residency:
             self._give_back(found)
 
     async def promote(self, found: Object) -> bool:
-        """Bring a durable object to memory; False when it does not fit. Two at once for one object are harmless."""
+        """Bring a durable object to memory; False when it does not fit. While it is on its way for somebody else, wait."""
+        while (ended := self.under_way.get(found.digest)) is not None:
+            await ended.wait()
+            if self.holder(found.digest) is not None:
+                return True  # else the other one failed, who perhaps needed it less
         if not scheduler.may_promote(self.memory_state(), found.size_bytes):
             return False
         self.make_room(found.size_bytes)
+        return await self.bring(found, heal=True) or self.holder(found.digest) is not None
+
+    async def bring(self, found: Object, heal: bool) -> bool:
+        """The copying of a promotion, and its end. False: memory has no room, the object is no more, or has a copy by now."""
+        ended = self.under_way[found.digest] = trio.Event()
         self._promotions += 1
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
-            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
+            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path, heal))
             point("promoted")
-            if self.holder(found.digest) is None:
-                self.memory.place_object(path, found.digest)
-                self.policy.touched(found.digest)
-                self.mark_clean(found.digest)
-            else:
-                media.remove(path)
+            return self._place(found, path)
         except BaseException as e:
             with contextlib.suppress(OSError):
                 media.remove(path)
             if isinstance(e, OSError) and e.errno in NO_ROOM:
                 return False  # memory is fuller than we knew: the reader is served from the extents
             raise
+        finally:
+            del self.under_way[found.digest]
+            ended.set()
+
+    def _place(self, found: Object, path: str) -> bool:
+        """Make a file the copy of an object, unless that went meanwhile, or has a copy by now."""
+        now = self.index.find(found.digest)
+        if now is None or not now.durable or self.holder(found.digest) is not None:
+            media.remove(path)
+            return False
+        self.memory.place_object(path, found.digest)
+        self.policy.touched(found.digest)
+        self.mark_clean(found.digest)
         self.cold_reads += 1
         return True

@@ -21,6 +21,7 @@ ORDER = [
     ["live"],
     ["healing"],
     ["residency"],
+    ["read_ahead"],
     ["files"],
     ["sealing", "streams", "recovery"],
     ["journal"],
