@@ -80,7 +80,7 @@ class Mover:
                 continue
             if busy:
                 await trio.lowlevel.checkpoint()
-            elif self.files.to_seal:
+            elif self.files.to_seal and self.sealer.unasked:
                 await trio.sleep(scheduler.QUIET_S / 3)
             else:
                 with trio.move_on_after(1):
@@ -122,6 +122,8 @@ class Mover:
             try:
                 self.residency.make_room()
                 self.residency.tidy_later()
+                if self.residency.under_pressure():
+                    self._wake()  # what would wait to be asked for is sealed now
                 self.files.database.tend()
             except Exception:
                 log.exception("eviction or a checkpoint failed")

@@ -52,6 +52,12 @@ def background_may_run(quiet_s: float, waited_s: float, pressed: bool) -> bool:
     return pressed or quiet_s >= QUIET_S or waited_s >= PATIENCE_S
 
 
+def may_seal(pressed: bool, unasked: bool, due_s: float, quiet_s: float) -> bool:
+    """Whether a closed file is hashed in the background: `due_s` since its time has come, `quiet_s` as above. Not `unasked`:
+    only short memory is a reason."""
+    return pressed or (unasked and due_s >= 0 and background_may_run(quiet_s, due_s, False))
+
+
 def may_promote(state: MemoryState, size_bytes: int) -> bool:
     """Whether an object of that size is brought to memory at all: it must not push out more than half of the tier."""
     unmovable = state.used_bytes - state.evictable_bytes

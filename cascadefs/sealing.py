@@ -26,7 +26,7 @@ from cascadefs.ext import hashing
 from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
-from cascadefs.scheduler import background_may_run
+from cascadefs.scheduler import may_seal
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object
 
@@ -55,6 +55,7 @@ class Sealer:
     def __init__(self, files: Files) -> None:
         self.files, self.index, self.residency = files, files.index, files.residency
         self.secret = files.database.identity.secret
+        self.unasked = files.settings.seal == "auto"  # what was closed is sealed in the background
 
     async def seal(self, ino: int) -> bool:
         """Turn a staged file into an object. False: it has writers, now or before we were done; try again later."""
@@ -235,8 +236,9 @@ class Sealer:
     def due(self, now: float, limit: int) -> list[int]:
         """Inodes whose time to be sealed has come, by the scheduler's rule. At most `limit`."""
         pressed, quiet = self.residency.under_pressure(), now - self.files.last_use
-        waiting = self.files.to_seal.items()
-        chosen = (i for i, at in waiting if pressed or (at <= now and background_may_run(quiet, now - at, False)))
+        if not pressed and not self.unasked:
+            return []
+        chosen = (i for i, at in self.files.to_seal.items() if may_seal(pressed, self.unasked, now - at, quiet))
         return list(islice(chosen, limit))
 
     async def seal_due(self, limit: int = 64) -> int:

@@ -25,7 +25,9 @@ def test_what_is_read_ahead_is_a_small_share_and_evicts_nothing(capacity, used, 
     if may_read_ahead(capacity, used, unused, size):
         assert unused + size <= capacity * AHEAD and used + size <= capacity * HIGH
     else:  # and what was refused stays refused when there is less room
-        assert not may_read_ahead(capacity, used + more, unused, size) and not may_read_ahead(capacity, used, unused + more, size)
+        assert not may_read_ahead(capacity, used + more, unused, size) and not may_read_ahead(
+            capacity, used, unused + more, size
+        )
 
 
 objects = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 100)), max_size=6)
@@ -200,7 +202,9 @@ async def test_what_was_read_ahead_in_vain_is_counted_when_it_goes(settings):
         for name in ("r0", "r1"):
             assert await store.get(name) == contents[name]
         await settled(store.files.read_ahead)
-        for digest in plan_eviction(replace(store.residency.memory_state(), capacity_bytes=0), store.residency.policy.victims()):
+        for digest in plan_eviction(
+            replace(store.residency.memory_state(), capacity_bytes=0), store.residency.policy.victims()
+        ):
             store.residency.drop(store.residency.memory, digest)
         assert told(store) == {"fetched": 1, "used": 0, "wasted": 1} and not store.files.read_ahead.unused
         assert await store.get("r2") == contents["r2"]
