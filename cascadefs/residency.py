@@ -9,10 +9,10 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 
 import contextlib
 import errno
-import mmap
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import trio
 
@@ -27,15 +27,12 @@ from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
-from cascadefs.tiers.flight import fetched_ahead
+from cascadefs.tiers.flight import in_lanes
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
-
-
-Payload = tuple[mmap.mmap, memoryview]  # as ColdTier.read() returns it
 
 
 def nobody_holds() -> None:
@@ -170,55 +167,44 @@ class Residency:
         media.remove(path)
         fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            self._copy_blocks(blocks, fd, self.healer.read if heal else self._read_or_fail)
             media.truncate(fd, sum(block.length for block in blocks))
+            self._copy_blocks(blocks, fd, heal)
         finally:
             os.close(fd)
 
-    def _copy_blocks(self, blocks: Sequence[Block], fd: int, read: Callable[[Block], Payload]) -> None:
-        """Each block to its place, the next ones read from the disk meanwhile. Zeros are read once and left as holes."""
-        offset, holes = 0, set[bytes]()
-        ahead = blocks if len(blocks) > 1 else ()
-        with fetched_ahead(ahead, partial(self._sound_record, holes), self._give_back) as records:
-            for block in blocks:
-                record = next(records, None)
-                if block.fingerprint in holes:
-                    self._give_back(record)
-                elif not self._copy_block(record or read(block), fd, offset):
-                    holes.add(block.fingerprint)
-                offset += block.length
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool) -> None:
+        """Each block to its place, some at once; damaged ones, for which other threads may be asked, afterwards."""
+        places = list(zip(accumulate((block.length for block in blocks), initial=0), blocks, strict=False))
+        done = in_lanes(places, partial(self._copy_sound, fd, set[bytes]()))
+        for offset, block in (place for place, sound in zip(places, done, strict=True) if not sound):
+            if not heal:
+                raise CorruptRecord(f"block {block.bid} is damaged")
+            buffer, payload = self.healer.read(block)
+            try:
+                media.write_fully(fd, payload, offset)
+            finally:
+                payload.release()
+                buffer.close()
 
-    def _read_or_fail(self, block: Block) -> Payload:
-        assert block.location is not None
-        return self.cold.read(block.location, block.fingerprint)
-
-    def _sound_record(self, holes: Container[bytes], block: Block) -> Payload | None:
-        """A block as it lies in its extent. None: it is damaged, which the healer sees to, or need not be read."""
-        if block.location is None or block.fingerprint in holes:
-            return None
+    def _copy_sound(self, fd: int, holes: set[bytes], place: tuple[int, Block]) -> bool:
+        """Copy a block as it lies in its extent. Zeros are read once and left as a hole. False: it is damaged."""
+        offset, block = place
+        if block.fingerprint in holes:
+            return True
+        if block.location is None:
+            return False
         buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
-            return buffer, self.cold.read_into(buffer, block.location, block.fingerprint)
-        except BaseException as e:
-            self.cold.buffers.give(buffer)
-            if isinstance(e, CorruptRecord):
-                return None
-            raise
-
-    def _give_back(self, found: Payload | None) -> None:
-        if found is not None:
-            found[1].release()
-            self.cold.buffers.give(found[0])
-
-    def _copy_block(self, found: Payload, fd: int, offset: int) -> bool:
-        """False, and nothing written, when the block is all zeros."""
-        try:
-            if not found[1][0] and found[1] == bytes(len(found[1])):
-                return False
-            media.write_fully(fd, found[1], offset)
-            return True
+            with self.cold.read_into(buffer, block.location, block.fingerprint) as payload:
+                if not payload[0] and payload == bytes(len(payload)):
+                    holes.add(block.fingerprint)
+                else:
+                    media.write_fully(fd, payload, offset)
+        except CorruptRecord:
+            return False
         finally:
-            self._give_back(found)
+            self.cold.buffers.give(buffer)
+        return True
 
     async def promote(self, found: Object) -> bool:
         """Bring a durable object to memory; False when it does not fit. While it is on its way for somebody else, wait."""
