@@ -5,7 +5,8 @@ the policy and the lease do. Invariants:
 (1) One flush at a time: the open extent has one writer.
 (2) A copy in memory becomes clean only after the commit that locates its blocks was synced.
 (3) Records are punched, extents deleted, only after the commit that forgot them was synced.
-(4) Work per round is bounded (settings.batch_size), so that fsync of one file waits for one round at most before its own.
+(4) Work per round is bounded (settings.batch_size; ROUNDS_AT_ONCE times that while everything is flushed), so that fsync of
+    one file waits for one round at most before its own.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announ
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
+ROUNDS_AT_ONCE = 4  # while somebody waits for everything: between two rounds (sync, commit, first packing) a disk waits 5 ms
 INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
 
 
@@ -49,6 +51,7 @@ class Mover:
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
         self._last_round = 0.0
+        self._flushing_all = 0  # how many wait for everything
         self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self._placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
@@ -166,11 +169,14 @@ class Mover:
             late = self._put_off_until.get(found.oid, 0.0) > now and found not in wanted
             if late or found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
                 continue
-            if chosen and total + found.size_bytes > self.files.settings.batch_size:
+            if chosen and total + found.size_bytes > self._round_bytes():
                 break
             chosen.append(found)
             total += found.size_bytes
         return chosen
+
+    def _round_bytes(self) -> int:
+        return self.files.settings.batch_size * (ROUNDS_AT_ONCE if self._flushing_all else 1)
 
     def _put_off(self, chosen: Sequence[Object], first: Sequence[int], e: UnreadableCopy) -> None:
         """One copy that cannot be read must not keep the others from the cold tier. Whoever waits for it is told."""
@@ -210,7 +216,7 @@ class Mover:
         try:
             small = len(taken.manifest.inodes) <= INLINE_INODES
             manifest = encode(taken.manifest) if small else await trio.to_thread.run_sync(encode, taken.manifest)
-            parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
+            parts = list(_parts(pieces, self._round_bytes())) or [[]]
             for part in parts:
                 number, position = await self._open_extent()
                 tail = manifest if part is parts[-1] else None
@@ -367,6 +373,13 @@ class Mover:
 
     async def flush_all(self) -> None:
         """Everything closed before the call is durable afterwards; files with writers as fsync() has it."""
+        self._flushing_all += 1
+        try:
+            await self._flush_all()
+        finally:
+            self._flushing_all -= 1
+
+    async def _flush_all(self) -> None:
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
