@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cascadefs import media
@@ -33,7 +32,7 @@ from cascadefs.record import (
     encode_record_header,
     record_bytes,
 )
-from cascadefs.tiers.flight import Buffers, in_lanes, page_buffer
+from cascadefs.tiers.flight import Buffers, Writes, page_buffer
 from cascadefs.types import Location
 
 LUSTRE_MAGIC = 0x0BD00BD0
@@ -117,24 +116,21 @@ class ColdTier:
     def _write_batches(
         self, fd: int, number: int, position: int, batches: Sequence[Sequence[Piece]]
     ) -> tuple[list[tuple[int, Location]], int]:
-        """Pack and write each batch, some at once; a single one needs no thread."""
-        jobs = list[tuple[int, Sequence[Piece]]]()
-        for batch in batches:
-            jobs.append((position, batch))
-            position += _total(batch)
-        placed = in_lanes(jobs, partial(self._write_batch, fd, number))
-        return [each for part in placed for each in part], position
-
-    def _write_batch(self, fd: int, number: int, job: tuple[int, Sequence[Piece]]) -> list[tuple[int, Location]]:
-        position, batch = job
-        data = self.buffers.take(size := _total(batch))
-        try:
-            placed = self._pack(number, position, batch, data)
-            with memoryview(data) as view, view[:size] as part:
-                media.write_fully(fd, part, position)
-        finally:
-            self.buffers.give(data)
-        return placed
+        """Write each batch; the next is packed while the last is on its way. A single one needs no thread."""
+        placed = list[tuple[int, Location]]()
+        if len(batches) == 1:
+            with page_buffer(_total(batches[0])) as data:
+                placed = self._pack(number, position, batches[0], data)
+                media.write_fully(fd, data, position)
+            return placed, position + _total(batches[0])
+        with Writes(fd, self.buffers) as writes:
+            for batch in batches:
+                data = writes.buffer(size := _total(batch))
+                placed += self._pack(number, position, batch, data)
+                writes.put(data, size, position)
+                position += size
+            writes.finish()
+        return placed, position
 
     def _pack(self, number: int, position: int, batch: Sequence[Piece], data: mmap.mmap) -> list[tuple[int, Location]]:
         """Records of `batch`, one after the other, at the beginning of a buffer that may hold other bytes."""

@@ -1,24 +1,30 @@
-"""Transfers that overlap with work on the bytes: several threads that each do all that one piece needs, and their buffers.
+"""Transfers that overlap with work on the bytes: buffers on their way to one file, and lanes that read, check and copy.
 
 Owns: the threads of one operation, memory that is used again. Knows no records. Everything blocks: call it in a thread.
-Invariants: (1) At most LANES pieces are under way. Nobody hands a piece to another thread: each wake-up is one of the disk's.
-(2) When in_lanes() ends, also by an error, nothing is under way any more: whoever cuts or closes the file comes after that.
+Invariants: (1) At most DEPTH writes or LANES pieces are under way. A buffer that is being written is not touched meanwhile.
+(2) When a block ends, also by an error, nothing is under way any more: whoever cuts or closes the file comes after that.
+Writing has one thread that packs and others that write, because a file that grows takes one write at a time, and lanes would
+wait for each other's. Reading has lanes: nobody hands a piece on, so that each wake-up is one of the disk's.
 """
 
 import contextlib
 import mmap
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+from types import TracebackType
 from typing import TypeVar
 
+from cascadefs import media
 from cascadefs.config import MIB
 from cascadefs.record import ALIGN
 
-LANES = 3  # one piece on the processor, one on the disk, one in the queue behind it
+DEPTH = 2  # one on the disk, one in the queue behind it; a third gained nothing
+LANES = 2  # one piece on the disk while the other is checked and copied; a third gained nothing
 KEPT_BYTES = 8 * MIB + 16 * ALIGN  # one write of cold.py
 KEPT_FROM_BYTES = MIB
-KEPT = 4  # 33 MiB: more than a flush or a promotion needs, less than both
+KEPT = 4  # 33 MiB: what a flush or a promotion needs, and one more
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,6 +58,47 @@ class Buffers:
             self._free.append(data)
         else:
             data.close()
+
+
+class Writes:
+    """Writes to an open file. A context manager."""
+
+    def __init__(self, fd: int, buffers: Buffers) -> None:
+        self._fd, self._buffers = fd, buffers
+        self._under_way: deque[tuple[Future[None], mmap.mmap]] = deque()
+        self._threads = ThreadPoolExecutor(DEPTH, "cascadefs-write")
+
+    def __enter__(self) -> "Writes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for what is under way. Its errors are those of finish(), or come after the one that ends the block."""
+        self._threads.shutdown(wait=True)
+
+    def buffer(self, size_bytes: int) -> mmap.mmap:
+        """A buffer of at least that size, with any bytes in it. OSError of an earlier write."""
+        while self._under_way and (self._under_way[0][0].done() or len(self._under_way) >= DEPTH):
+            self._take_back()
+        return self._buffers.take(size_bytes)
+
+    def put(self, data: mmap.mmap, size_bytes: int, position: int) -> None:
+        """Begin to write the first bytes of a buffer; it is not the caller's any more."""
+        self._under_way.append((self._threads.submit(_write, self._fd, data, size_bytes, position), data))
+
+    def finish(self) -> None:
+        """Return when everything is written; OSError of the first that failed."""
+        while self._under_way:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        done, data = self._under_way.popleft()
+        done.result()
+        self._buffers.give(data)
+
+
+def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
+    with memoryview(data) as view, view[:size_bytes] as part:
+        media.write_fully(fd, part, position)
 
 
 def in_lanes(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
