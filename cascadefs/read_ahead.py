@@ -4,7 +4,7 @@ Owns: the sequences that openers follow, the queue, what came ahead unused. sche
 Objects are in the order in which they were sealed, which is that of their places in the extents. Invariants:
 (1) One object is read ahead at a time, and it begins only while nobody waits for a promotion.
 (2) Nothing is evicted for it, and nothing that goes wrong with it is told to anybody: whoever asks for that object finds out.
-(3) `unused` holds exactly the copies in memory that came ahead and that nobody has opened since; digest -> bytes.
+(3) `unused` holds exactly the copies in memory that came ahead and that nobody has asked for since; digest -> bytes.
 """
 
 import logging
@@ -30,12 +30,14 @@ class ReadAhead:
         self._expected: OrderedDict[int, None] = OrderedDict()
         self._queue: OrderedDict[int, None] = OrderedDict()
         self._event = trio.Event()
+        self._fetching, self._is_met = b"", False  # what is on its way; whether somebody waits for it by now
         self.unused: dict[bytes, int] = {}
         self.fetched = self.used = self.wasted = 0
         residency.dropped = self._dropped
 
     def asked(self, found: Object) -> None:
         """An object is being opened that was not in memory, or only because of us."""
+        self._is_met |= found.digest == self._fetching
         follows = found.oid in self._expected
         self._expected.pop(found.oid, None)
         followers = self._residency.index.durable_after(found.oid, NEAR)
@@ -78,9 +80,16 @@ class ReadAhead:
         memory, unused_bytes = residency.memory, sum(self.unused.values())
         if not scheduler.may_read_ahead(memory.capacity_bytes, memory.used_bytes(), unused_bytes, found.size_bytes):
             return
-        if await residency.bring(found, heal=False):
+        self._fetching, self._is_met = found.digest, False
+        try:
+            came = await residency.bring(found, heal=False)
+        finally:
+            self._fetching = b""
+        self.fetched += came
+        if came and self._is_met:
+            self.used += 1
+        elif came:
             self.unused[found.digest] = found.size_bytes
-            self.fetched += 1
 
 
 def _remember(keys: OrderedDict[int, None], key: int, limit: int) -> None:

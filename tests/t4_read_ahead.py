@@ -83,6 +83,29 @@ async def test_the_third_of_a_sequence_is_here_before_it_is_asked_for(settings):
         assert b"cascadefs_read_ahead_fetched 3.0" in metrics(status(store, {}))
 
 
+async def test_a_flush_keeps_the_order_of_closing(settings):
+    settings = replace(settings, seal_delay=60)
+    async with opened(settings) as store:
+        contents = {f"r{i}": os.urandom(MIB) for i in range(6)}
+        for name in contents:
+            await store.put(name, b"")
+        for name in ("r3", "r0", "r5", "r1", "r4", "r2"):
+            store.files.to_seal.pop(store.find(name).ino)
+            await store.put(name, contents[name])
+        await store.flush()
+        oids = {name: store.find(name).oid for name in contents}
+        assert sorted(oids, key=oids.get) == ["r3", "r0", "r5", "r1", "r4", "r2"]
+
+
+async def test_a_chain_goes_on_while_each_is_waited_for(settings):
+    """The share of memory for what is unused holds one object: it must not count what somebody waits for."""
+    contents = await filled(settings, 6)
+    async with opened(settings) as store:
+        for name, data in contents.items():  # each is asked for while it is on its way
+            assert await store.get(name) == data
+        assert told(store)["used"] >= 3 and told(store)["wasted"] == 0
+
+
 async def test_a_scattered_order_reads_nothing_ahead(settings):
     contents = await filled(settings, 7)
     async with opened(settings) as store:
