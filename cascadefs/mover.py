@@ -396,9 +396,7 @@ class Mover:
     async def _seal_all(self) -> list[int]:
         """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
         busy, sealed_bytes = list[int](), 0
-        closed = {
-            ino: place for place, ino in enumerate(self.files.to_seal)
-        }  # their order is what readers follow
+        closed = {ino: place for place, ino in enumerate(self.files.to_seal)}  # their order is what readers follow
         try:
             for ino in sorted(self.index.staged_inodes(), key=lambda ino: closed.get(ino, len(closed))):
                 if not await self.sealer.seal(ino):

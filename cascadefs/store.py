@@ -86,6 +86,7 @@ class Store:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.mover.run)
             nursery.start_soon(self.files.read_ahead.run)
+            nursery.start_soon(self.streams.run)
             nursery.start_soon(self.verifier.run)
 
     async def flush(self) -> None:

@@ -249,3 +249,40 @@ async def test_a_medium_that_fails_ahead_stops_nobody(settings, monkeypatch):
         for name in ("r2", "r3", "r4"):
             assert await store.get(name) == contents[name]
         assert store.mover.last_error is None
+
+
+async def test_a_stream_reads_the_next_block_ahead_and_each_once(settings):
+    settings = replace(settings, promote_limit=0)
+    (data,) = (await filled(settings, 1, 22 * MIB)).values()
+    async with opened(settings) as store:
+        ino = store.find("r0").ino
+        for at in range(0, len(data), MIB):
+            assert await store.streams.read(ino, at, MIB) == data[at : at + MIB]
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            if at == 5 * MIB:  # two blocks were asked for in order
+                while store.streams._under_way:
+                    await trio.sleep(0.005)
+                assert store.residency.cold_reads == 3
+        assert store.residency.cold_reads == 6
+        store.streams._blocks.clear()
+        async with trio.open_nursery() as nursery:
+            for at in range(0, 4 * MIB, MIB):
+                nursery.start_soon(store.streams.read, ino, at, MIB)
+        assert store.residency.cold_reads == 7  # four requests for one block
+
+
+async def test_a_damaged_block_of_a_stream_hurts_only_who_asks_for_it(settings):
+    settings = replace(settings, promote_limit=0)
+    (data,) = (await filled(settings, 1, 18 * MIB)).values()
+    async with opened(settings) as store:
+        inode = store.find("r0")
+        at = store.index.blocks(inode.oid)[2].location
+        flip(settings.store / "extents" / f"{at.extent:08d}.cfx", (at.offset + HEADER_BYTES + 100) * 8)
+        assert await store.streams.read(inode.ino, 0, 8 * MIB) == data[: 8 * MIB]
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        while store.streams._under_way:
+            await trio.sleep(0.005)
+        assert status(store, {})["corrupt_reads"] == 0
+        with pytest.raises(OSError, match="damaged"):
+            await store.streams.read(inode.ino, 8 * MIB, 10)
+        assert await store.streams.read(inode.ino, 12 * MIB, 6 * MIB) == data[12 * MIB :]
