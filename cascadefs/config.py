@@ -48,6 +48,12 @@ def _dedup(text: str) -> str:
     return text
 
 
+def _seal(text: str) -> str:
+    if text not in ("auto", "flush"):
+        raise ValueError("write auto (hash what was closed, in the background) or flush (only when a flush or fsync asks)")
+    return text
+
+
 def default_store() -> Path:
     """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
     scratch = os.environ.get("SCRATCH")
@@ -78,6 +84,9 @@ class Settings:
     promote_limit: int = _setting(
         _size, 256 * MIB, 0, TIB, help="a cold file up to this size is brought to memory before open() answers"
     )
+    # For writers that cannot spare the processor or the disk: nothing is hashed behind them, nothing written to the cold tier,
+    # until flush, fsync, umount or short memory asks. Until then nothing becomes durable by itself.
+    seal: str = _setting(_seal, "auto", help="auto: closed files are hashed and flushed behind; flush: when that is asked for")
     # 50 ms: sealing follows a burst of writes instead of competing with it for the same memory bandwidth.
     seal_delay: float = _setting(float, 0.05, 0, 60, help="seconds between the last close and hashing")
     batch_size: int = _setting(_size, 128 * MIB, 4 * MIB, GIB, help="bytes packed into extents per index commit")

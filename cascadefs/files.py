@@ -27,6 +27,7 @@ from cascadefs.database import Database
 from cascadefs.errors import os_error
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
+from cascadefs.read_ahead import ReadAhead
 from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
@@ -44,6 +45,7 @@ class Files:
         self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
         self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
+        self.read_ahead = ReadAhead(residency, settings.promote_limit)
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
@@ -233,13 +235,21 @@ class Files:
     async def _source_for(self, live: Live, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""
         source = self._open_source(live, inode)
-        if source is not None or inode.oid is None:
-            self.residency.hits += source is not None and source.key[0] == "object"
+        if source is not None:
+            self.residency.hits += source.key[0] == "object"
+            if inode.oid is not None and self.read_ahead.opened(source.key[1]):
+                self.read_ahead.asked(self.index.object(inode.oid))
             return source
+        if inode.oid is None:
+            return None
         found = self.index.object(inode.oid)
         self.residency.misses += 1
-        if found.size_bytes > self.settings.promote_limit or not await self.residency.promote(found):
+        if found.size_bytes > self.settings.promote_limit:
             return None
+        self.read_ahead.asked(found)
+        if not await self.residency.promote(found):
+            return None
+        self.read_ahead.opened(found.digest)
         return self._open_source(live, inode)
 
     def _open_source(self, live: Live, inode: Inode) -> Source | None:

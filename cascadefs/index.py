@@ -75,6 +75,11 @@ class Index:
         row = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE oid=?", (oid,)).fetchone()
         return Object(row[0], row[1], row[2], bool(row[3])) if row else None
 
+    def durable_after(self, oid: int, limit: int) -> list[Object]:
+        """Durable objects in the order in which they were sealed, which is that of their blocks in the extents, after one."""
+        rows = self._db.execute(f"SELECT {_OBJECT} FROM objects WHERE oid>? AND durable<>0 ORDER BY oid LIMIT ?", (oid, limit))
+        return [Object(r[0], r[1], r[2], True) for r in rows]
+
     def newest_object(self) -> int:
         """The highest number given to an object so far."""
         return int(self._db.execute("SELECT coalesce(max(oid), 0) FROM objects").fetchone()[0])

@@ -5,7 +5,8 @@ the policy and the lease do. Invariants:
 (1) One flush at a time: the open extent has one writer.
 (2) A copy in memory becomes clean only after the commit that locates its blocks was synced.
 (3) Records are punched, extents deleted, only after the commit that forgot them was synced.
-(4) Work per round is bounded (settings.batch_size), so that fsync of one file waits for one round at most before its own.
+(4) Work per round is bounded (settings.batch_size; ROUNDS_AT_ONCE times that while everything is flushed), so that fsync of
+    one file waits for one round at most before its own.
 """
 
 import errno
@@ -36,6 +37,7 @@ IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announ
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
+ROUNDS_AT_ONCE = 4  # while somebody waits for everything: between two rounds (sync, commit, first packing) a disk waits 5 ms
 
 
 class Mover:
@@ -84,7 +86,7 @@ class Mover:
                 continue
             if busy:
                 await trio.lowlevel.checkpoint()
-            elif self.files.to_seal:
+            elif self.files.to_seal and self.sealer.unasked:
                 await trio.sleep(scheduler.QUIET_S / 3)
             else:
                 with trio.move_on_after(1):
@@ -126,6 +128,8 @@ class Mover:
             try:
                 self.residency.make_room()
                 self.residency.tidy_later()
+                if self.residency.under_pressure():
+                    self._wake()  # what would wait to be asked for is sealed now
                 self.files.database.tend()
             except Exception:
                 log.exception("eviction or a checkpoint failed")
@@ -171,11 +175,14 @@ class Mover:
             late = self._put_off_until.get(found.oid, 0.0) > now and found not in wanted
             if late or found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
                 continue
-            if chosen and total + found.size_bytes > self.files.settings.batch_size:
+            if chosen and total + found.size_bytes > self._round_bytes():
                 break
             chosen.append(found)
             total += found.size_bytes
         return chosen
+
+    def _round_bytes(self) -> int:
+        return self.files.settings.batch_size * (ROUNDS_AT_ONCE if self._flushes else 1)
 
     def _put_off(self, chosen: Sequence[Object], first: Sequence[int], e: UnreadableCopy) -> None:
         """One copy that cannot be read must not keep the others from the cold tier. Whoever waits for it is told."""
@@ -215,7 +222,7 @@ class Mover:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
             manifest = await encoded(taken.manifest)
-            parts = list(_parts(pieces, self.files.settings.batch_size)) or [[]]
+            parts = list(_parts(pieces, self._round_bytes())) or [[]]
             for part in parts:
                 number, position = await self.extent.tail()
                 tail = manifest if part is parts[-1] else None
@@ -394,8 +401,10 @@ class Mover:
     async def _seal_all(self) -> list[int]:
         """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
         outcome = Outcome()
+        closed = {ino: place for place, ino in enumerate(self.files.to_seal)}  # their order is what readers follow
+        staged = sorted(self.index.staged_inodes(), key=lambda ino: closed.get(ino, len(closed)))
         try:
-            for batch in self.sealer.batches(self.index.staged_inodes()):
+            for batch in self.sealer.batches(staged):
                 await self.sealer.seal_batch(batch, outcome)
                 self._is_hurried = outcome.sealed_bytes >= HURRY_BYTES
         finally:

@@ -4,14 +4,15 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (1) `clean` holds exactly the copies in memory whose object is durable in the cold tier: only they may be evicted.
 (2) A copy that somebody has open is not dropped: its memory would not come back, and its next open would find nothing.
 (3) The bytes that promote() puts into memory were verified block by block.
+(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice.
 """
 
 import contextlib
 import errno
-import mmap
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import trio
 
@@ -26,7 +27,7 @@ from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
-from cascadefs.tiers.flight import fetched_ahead
+from cascadefs.tiers.flight import in_lanes
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
@@ -34,11 +35,12 @@ from cascadefs.types import Block, Home, Object
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
-Payload = tuple[mmap.mmap, memoryview]  # as ColdTier.read() returns it
-
-
 def nobody_holds() -> None:
     """Without a mount."""
+
+
+def nobody_counts(digest: bytes) -> None:
+    """Without read_ahead.py."""
 
 
 class Residency:
@@ -53,6 +55,8 @@ class Residency:
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
+        self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
+        self.under_way: dict[bytes, trio.Event] = {}  # set when that promotion has ended, well or not
         self._promotions = 0
         self._opened_before: set[bytes] = set()
 
@@ -119,6 +123,7 @@ class Residency:
         if tier is self.memory:
             self.clean_bytes -= self.clean.pop(digest, 0)
             self.policy.forgotten(digest)
+            self.dropped(digest)
 
     def adopt(self, tier: FileTier, ino: int, digest: bytes, durable: bool) -> None:
         """The staged file of `ino` becomes a copy of the object. Nothing is copied."""
@@ -156,78 +161,89 @@ class Residency:
 
     # --- cold -> memory
 
-    def materialize(self, blocks: Sequence[Block], path: str) -> None:
-        """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged."""
+    def materialize(self, blocks: Sequence[Block], path: str, heal: bool = True) -> None:
+        """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged: when
+        there is no good copy, or at once where `heal` says not to look for one."""
         media.remove(path)
         fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            self._copy_blocks(blocks, fd)
             media.truncate(fd, sum(block.length for block in blocks))
+            self._copy_blocks(blocks, fd, heal)
         finally:
             os.close(fd)
 
-    def _copy_blocks(self, blocks: Sequence[Block], fd: int) -> None:
-        """Each block to its place, the next ones read from the disk meanwhile. Zeros are read once and left as holes."""
-        offset, holes = 0, set[bytes]()
-        ahead = blocks if len(blocks) > 1 else ()
-        with fetched_ahead(ahead, partial(self._sound_record, holes), self._give_back) as records:
-            for block in blocks:
-                record = next(records, None)
-                if block.fingerprint in holes:
-                    self._give_back(record)
-                elif not self._copy_block(record or self.healer.read(block), fd, offset):
-                    holes.add(block.fingerprint)
-                offset += block.length
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool) -> None:
+        """Each block to its place, some at once; damaged ones, for which other threads may be asked, afterwards."""
+        places = list(zip(accumulate((block.length for block in blocks), initial=0), blocks, strict=False))
+        done = in_lanes(places, partial(self._copy_sound, fd, set[bytes]()))
+        for offset, block in (place for place, sound in zip(places, done, strict=True) if not sound):
+            if not heal:
+                raise CorruptRecord(f"block {block.bid} is damaged")
+            buffer, payload = self.healer.read(block)
+            try:
+                media.write_fully(fd, payload, offset)
+            finally:
+                payload.release()
+                buffer.close()
 
-    def _sound_record(self, holes: Container[bytes], block: Block) -> Payload | None:
-        """A block as it lies in its extent. None: it is damaged, which the healer sees to, or need not be read."""
-        if block.location is None or block.fingerprint in holes:
-            return None
+    def _copy_sound(self, fd: int, holes: set[bytes], place: tuple[int, Block]) -> bool:
+        """Copy a block as it lies in its extent. Zeros are read once and left as a hole. False: it is damaged."""
+        offset, block = place
+        if block.fingerprint in holes:
+            return True
+        if block.location is None:
+            return False
         buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
-            return buffer, self.cold.read_into(buffer, block.location, block.fingerprint)
-        except BaseException as e:
-            self.cold.buffers.give(buffer)
-            if isinstance(e, CorruptRecord):
-                return None
-            raise
-
-    def _give_back(self, found: Payload | None) -> None:
-        if found is not None:
-            found[1].release()
-            self.cold.buffers.give(found[0])
-
-    def _copy_block(self, found: Payload, fd: int, offset: int) -> bool:
-        """False, and nothing written, when the block is all zeros."""
-        try:
-            if not found[1][0] and found[1] == bytes(len(found[1])):
-                return False
-            media.write_fully(fd, found[1], offset)
-            return True
+            with self.cold.read_into(buffer, block.location, block.fingerprint) as payload:
+                if not payload[0] and payload == bytes(len(payload)):
+                    holes.add(block.fingerprint)
+                else:
+                    media.write_fully(fd, payload, offset)
+        except CorruptRecord:
+            return False
         finally:
-            self._give_back(found)
+            self.cold.buffers.give(buffer)
+        return True
 
     async def promote(self, found: Object) -> bool:
-        """Bring a durable object to memory; False when it does not fit. Two at once for one object are harmless."""
+        """Bring a durable object to memory; False when it does not fit. While it is on its way for somebody else, wait."""
+        while (ended := self.under_way.get(found.digest)) is not None:
+            await ended.wait()
+            if self.holder(found.digest) is not None:
+                return True  # else the other one failed, who perhaps needed it less
         if not scheduler.may_promote(self.memory_state(), found.size_bytes):
             return False
         self.make_room(found.size_bytes)
+        return await self.bring(found, heal=True) or self.holder(found.digest) is not None
+
+    async def bring(self, found: Object, heal: bool) -> bool:
+        """The copying of a promotion, and its end. False: memory has no room, the object is no more, or has a copy by now."""
+        ended = self.under_way[found.digest] = trio.Event()
         self._promotions += 1
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
-            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path))
+            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path, heal))
             point("promoted")
-            if self.holder(found.digest) is None:
-                self.memory.place_object(path, found.digest)
-                self.policy.touched(found.digest)
-                self.mark_clean(found.digest)
-            else:
-                media.remove(path)
+            return self._place(found, path)
         except BaseException as e:
             with contextlib.suppress(OSError):
                 media.remove(path)
             if isinstance(e, OSError) and e.errno in NO_ROOM:
                 return False  # memory is fuller than we knew: the reader is served from the extents
             raise
+        finally:
+            del self.under_way[found.digest]
+            ended.set()
+
+    def _place(self, found: Object, path: str) -> bool:
+        """Make a file the copy of an object, unless that went meanwhile, or has a copy by now."""
+        now = self.index.find(found.digest)
+        if now is None or not now.durable or self.holder(found.digest) is not None:
+            media.remove(path)
+            return False
+        self.memory.place_object(path, found.digest)
+        self.policy.touched(found.digest)
+        self.mark_clean(found.digest)
         self.cold_reads += 1
         return True

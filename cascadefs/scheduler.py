@@ -7,7 +7,10 @@ files finds room without waiting); above FULL new files are staged in the cold t
 from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cascadefs.types import Object
+
 HIGH, LOW, FULL = 0.80, 0.70, 0.90
+AHEAD = 1 / 8  # of the capacity may hold what was read ahead and nobody has asked for yet
 # Background work competes with the applications for two things they feel: the control thread and memory bandwidth. It waits
 # for a pause in opens and closes, but not for ever.
 QUIET_S, PATIENCE_S = 0.03, 5.0
@@ -49,7 +52,26 @@ def background_may_run(quiet_s: float, waited_s: float, pressed: bool) -> bool:
     return pressed or quiet_s >= QUIET_S or waited_s >= PATIENCE_S
 
 
+def may_seal(pressed: bool, unasked: bool, due_s: float, quiet_s: float) -> bool:
+    """Whether a closed file is hashed in the background: `due_s` since its time has come, `quiet_s` as above. Not `unasked`:
+    only short memory is a reason."""
+    return pressed or (unasked and due_s >= 0 and background_may_run(quiet_s, due_s, False))
+
+
 def may_promote(state: MemoryState, size_bytes: int) -> bool:
     """Whether an object of that size is brought to memory at all: it must not push out more than half of the tier."""
     unmovable = state.used_bytes - state.evictable_bytes
     return size_bytes <= state.capacity_bytes // 2 and unmovable + size_bytes <= state.capacity_bytes
+
+
+def may_read_ahead(capacity_bytes: int, used_bytes: int, unused_bytes: int, size_bytes: int) -> bool:
+    """Whether an object that nobody has asked for may come to memory, beside `unused_bytes` of such: never so much that
+    anything is evicted for it, and only a small share of the tier."""
+    return used_bytes + size_bytes <= capacity_bytes * HIGH and unused_bytes + size_bytes <= capacity_bytes * AHEAD
+
+
+def next_in_order(followers: Iterable[Object], here: Container[bytes], limit_bytes: int) -> Object | None:
+    """Which of the objects that were written after one is the next to be missed: the first that is not in memory. None: it is
+    too large to be brought there, or not near."""
+    found = next((each for each in followers if each.digest not in here), None)
+    return found if found is not None and found.size_bytes <= limit_bytes else None

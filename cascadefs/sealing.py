@@ -30,7 +30,7 @@ from cascadefs.ext import hashing
 from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
-from cascadefs.scheduler import background_may_run
+from cascadefs.scheduler import may_seal
 from cascadefs.staged import Examiner, Staged
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object, Print
@@ -78,6 +78,7 @@ class Sealer:
         self.files, self.index, self.residency = files, files.index, files.residency
         identity = files.database.identity
         self.examiner = Examiner(identity.block_bytes, identity.secret, files.residency.cold.buffers)
+        self.unasked = files.settings.seal == "auto"  # what was closed is sealed in the background
 
     async def seal(self, ino: int) -> bool:
         """Turn a staged file into an object. False: it has writers, now or before we were done; try again later."""
@@ -396,8 +397,10 @@ class Sealer:
     def due(self, now: float, limit: int) -> list[int]:
         """Inodes whose time to be sealed has come, by the scheduler's rule. At most `limit`."""
         pressed, quiet = self.residency.under_pressure(), now - self.files.last_use
+        if not pressed and not self.unasked:
+            return []
         waiting = islice(self.files.to_seal.items(), SCANNED)  # the oldest are first
-        chosen = (i for i, at in waiting if pressed or (at <= now and background_may_run(quiet, now - at, False)))
+        chosen = (i for i, at in waiting if may_seal(pressed, self.unasked, now - at, quiet))
         return list(islice(chosen, limit))
 
     async def seal_due(self, limit: int = BATCH_FILES) -> int:

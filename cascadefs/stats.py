@@ -18,7 +18,7 @@ VERSION = version("cascadefs")
 def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The document behind `cascadefs status --json`; `extra` is what only the mount knows."""
     totals, (files, logical) = store.index.totals(), store.namespace.count_files()
-    staged = _staged(store)
+    staged, ahead = _staged(store), store.files.read_ahead
     logical += sum(size - row for size, row, _, _ in staged)
     unique = totals["unique_bytes"] + sum(size for size, _, _, _ in staged)
     return {
@@ -39,6 +39,7 @@ def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
         "damaged_blocks": len(store.residency.healer.still_damaged()),
         "corrupt_reads": store.residency.healer.corrupt_reads,
         "healed_blocks": store.residency.healer.healed,
+        "read_ahead": {"fetched": ahead.fetched, "used": ahead.used, "wasted": ahead.wasted},
         "index_notes": store.database.notes,
         "verify": store.verifier.told(),
         "last_error": str(store.mover.last_error) if store.mover.last_error else None,
@@ -102,6 +103,8 @@ def metrics(document: Mapping[str, Any]) -> bytes:
     registry = CollectorRegistry()
     for name in ("files", "logical_bytes", "unique_bytes", "dedup_ratio", "pending_bytes", "damaged_objects", *DAMAGE):
         Gauge(f"cascadefs_{name}", name.replace("_", " "), registry=registry).set(document[name])
+    for name, value in document["read_ahead"].items():
+        Gauge(f"cascadefs_read_ahead_{name}", f"objects read ahead, {name}", registry=registry).set(value)
     by_tier: dict[str, Gauge] = {}
     for tier, figures in document["tiers"].items():
         for name, value in figures.items():

@@ -83,9 +83,11 @@ class Store:
         self.database.reserve.fill()
 
     async def run(self) -> None:
-        """Seal, flush, evict, and verify when asked, until cancelled."""
+        """Seal, flush, evict, read ahead, and verify when asked, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.mover.run)
+            nursery.start_soon(self.files.read_ahead.run)
+            nursery.start_soon(self.streams.run)
             nursery.start_soon(self.verifier.run)
 
     async def flush(self) -> None:

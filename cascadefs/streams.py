@@ -1,10 +1,13 @@
 """Reads of what has no backing file for the kernel: large cold objects, served block by block from the extents.
 
-Owns: a small cache of verified blocks. Invariants: (1) A read is short only at the end of the content. (2) Bytes are
-served only after their block was verified; a damaged block is EIO. (3) At most CACHED_BLOCKS blocks are held.
+Owns: a small cache of verified blocks, the block that is read ahead. Invariants: (1) A read is short only at the end of the
+content. (2) Bytes are served only after their block was verified; a damaged block is EIO. (3) At most CACHED_BLOCKS blocks are
+held. (4) Nobody reads a block that is on its way; one at a time is read ahead, and its errors are for whoever asks for it.
 """
 
+import contextlib
 import errno
+import logging
 import os
 from collections import OrderedDict
 from functools import partial
@@ -16,7 +19,9 @@ from cascadefs.errors import os_error
 from cascadefs.files import Files
 from cascadefs.types import Block
 
-CACHED_BLOCKS = 8  # a sequential reader needs one, a request at a block boundary two; eight serve a few readers at once
+log = logging.getLogger(__name__)
+CACHED_BLOCKS = 8  # a sequential reader needs one and the next, a request at a block boundary two; eight serve a few readers
+READERS = 64  # of so many objects it is remembered which block was read last
 
 
 class Streams:
@@ -25,6 +30,17 @@ class Streams:
     def __init__(self, files: Files) -> None:
         self.files = files
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._under_way: dict[int, trio.Event] = {}
+        self._last: OrderedDict[int, int] = OrderedDict()  # oid -> place of the block that was read last
+        self._ahead, self._queue = trio.open_memory_channel[Block](1)
+
+    async def run(self) -> None:
+        """Read ahead until cancelled."""
+        async for block in self._queue:
+            try:
+                await self._block(block, ahead=True)
+            except OSError as e:
+                log.debug("block %d was not read ahead: %s", block.bid, e)
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, fewer only at the end of the file."""
@@ -47,6 +63,7 @@ class Streams:
             block = self.files.index.block_at(oid, seq)
             if block is None:
                 break
+            self._follow(oid, seq)
             part = (await self._block(block))[start : start + size]
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
@@ -59,20 +76,42 @@ class Streams:
         finally:
             os.close(fd)
 
-    async def _block(self, block: Block) -> bytes:
+    def _follow(self, oid: int, seq: int) -> None:
+        """A block is about to be read. If the one before it was the last, the one after it is next."""
+        last = self._last.pop(oid, None)
+        self._last[oid] = seq
+        if len(self._last) > READERS:
+            self._last.popitem(last=False)
+        if last == seq - 1 and (following := self.files.index.block_at(oid, seq + 1)) is not None:
+            with contextlib.suppress(trio.WouldBlock):  # one is waiting already
+                self._ahead.send_nowait(following)
+
+    async def _block(self, block: Block, ahead: bool = False) -> bytes:
+        while (ended := self._under_way.get(block.bid)) is not None:
+            await ended.wait()
         data = self._blocks.pop(block.bid, None)
         if data is None:
             if block.location is None:
                 raise os_error(errno.EIO, "a block has neither a copy in memory nor a place in the cold tier")
-            data = await trio.to_thread.run_sync(partial(self._verified, block))
+            ended = self._under_way[block.bid] = trio.Event()
+            try:
+                data = await trio.to_thread.run_sync(partial(self._verified, block, ahead))
+            finally:
+                del self._under_way[block.bid]
+                ended.set()
             self.files.residency.cold_reads += 1
         self._blocks[block.bid] = data
         while len(self._blocks) > CACHED_BLOCKS:
             self._blocks.popitem(last=False)
         return data
 
-    def _verified(self, block: Block) -> bytes:
-        buffer, payload = self.files.residency.healer.read(block)
+    def _verified(self, block: Block, ahead: bool) -> bytes:
+        assert block.location is not None
+        residency = self.files.residency
+        read = (
+            partial(residency.cold.read, block.location, block.fingerprint) if ahead else partial(residency.healer.read, block)
+        )
+        buffer, payload = read()
         try:
             return bytes(payload)
         finally:

@@ -89,6 +89,7 @@ def _settings(config: Path | None, **flags: object) -> Configuration:
 @click.option("--config", type=click.Path(path_type=Path), metavar="TOML", help="File with settings.")
 @click.option("--foreground", is_flag=True, help="Stay in the terminal, log to it; Ctrl-C unmounts.")
 @click.option("--sync", type=click.Choice(["fsync", "close"]), help="close: data are durable when close() returns, too.")
+@click.option("--seal", type=click.Choice(["auto", "flush"]), help="flush: hash and store only when flush or fsync asks.")
 @click.option("--no-passthrough", is_flag=True, help="Do not let the kernel move the bytes (the portable path).")
 @click.option("-o", "options", multiple=True, metavar="FUSE_OPTIONS", help="Mount options, separated by commas.")
 def mount(
@@ -98,13 +99,14 @@ def mount(
     config: Path | None,
     foreground: bool,
     sync: str | None,
+    seal: str | None,
     no_passthrough: bool,
     options: tuple[str, ...],
 ) -> None:
     """Mount a store at MOUNTPOINT (made when missing). Returns when the mount answers."""
     words = tuple(word for option in options for word in option.split(",") if word)
     passthrough = "false" if no_passthrough else None
-    found = _settings(config, store=store, shm_size=shm_size, sync=sync, passthrough=passthrough)
+    found = _settings(config, store=store, shm_size=shm_size, sync=sync, seal=seal, passthrough=passthrough)
     _prepare_store(found)
     daemon, keeper = _daemon()
     wanted = daemon.Mounting(mountpoint.absolute(), found, words, log_to_file=not foreground)

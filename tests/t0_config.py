@@ -19,7 +19,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [({"shm_size": "plenty"}, "not understood"), ({"shm_size": "1KiB"}, "out of bounds"), ({"sync": "never"}, "fsync"),
-     ({"passthrough": "perhaps"}, "true or false"), ({"seal_delay": "-1"}, "out of bounds")],
+     ({"passthrough": "perhaps"}, "true or false"), ({"seal_delay": "-1"}, "out of bounds"), ({"seal": "never"}, "flush")],
 )  # fmt: skip
 def test_an_impossible_value_is_one_line(flags, word):
     with pytest.raises(ConfigError) as e:

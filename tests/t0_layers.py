@@ -22,6 +22,7 @@ ORDER = [
     ["live"],
     ["healing", "staged"],
     ["residency"],
+    ["read_ahead"],
     ["files"],
     ["sealing", "streams", "recovery"],
     ["journal", "extent"],

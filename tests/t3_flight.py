@@ -12,7 +12,7 @@ from cascadefs.ext import hashing
 from cascadefs.record import record_bytes
 from cascadefs.tiers import cold as cold_module
 from cascadefs.tiers.cold import ColdTier, Piece
-from cascadefs.tiers.flight import DEPTH, KEPT, KEPT_BYTES, Buffers, Writes, fetched_ahead
+from cascadefs.tiers.flight import DEPTH, KEPT, KEPT_BYTES, LANES, Buffers, Writes, in_lanes
 
 
 def test_buffers_come_back_and_every_byte_arrives(tmp_path):
@@ -60,20 +60,37 @@ def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch)
     assert caught.value.errno == errno.ENOSPC and running == [0]
 
 
-def test_what_is_fetched_comes_in_order_and_the_rest_is_dropped():
-    dropped = []
-    with fetched_ahead(range(1, 10), lambda n: n * n, dropped.append) as found:
-        assert [next(found) for _ in range(3)] == [1, 4, 9]
-    assert set(dropped) <= {16, 25} and len(dropped) <= DEPTH
-    with fetched_ahead([], lambda n: n, dropped.append) as found:
-        assert list(found) == []
+def test_results_come_in_order_whatever_the_lanes_do():
+    seen, lock = set(), threading.Lock()
+
+    def slow(number):
+        with lock:
+            seen.add(threading.get_ident())
+        time.sleep(0.01 * (number % 3))
+        return number * number
+
+    assert in_lanes(range(20), slow) == [number * number for number in range(20)]
+    assert threading.get_ident() in seen and 1 < len(seen) <= LANES
+    assert in_lanes([], slow) == []
+    assert in_lanes([5], lambda number: threading.get_ident()) == [threading.get_ident()]
 
 
-def test_an_error_of_a_fetch_comes_at_its_place():
-    with fetched_ahead([1, 0, 2], lambda n: 2 // n, lambda n: None) as found:
-        assert next(found) == 2
-        with pytest.raises(ZeroDivisionError):
-            next(found)
+def test_after_an_error_nothing_is_under_way_and_nothing_more_is_begun():
+    running, begun, lock = [0], [0], threading.Lock()
+
+    def failing(number):
+        with lock:
+            running[0] += 1
+            begun[0] += 1
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        if number in (1, 2):
+            raise OSError(errno.ENOSPC, f"full at {number}")
+
+    with pytest.raises(OSError, match="full at 1"):
+        in_lanes(range(50), failing)
+    assert running == [0] and begun[0] <= 2 * LANES
 
 
 @pytest.fixture

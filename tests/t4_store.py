@@ -13,6 +13,7 @@ from stores import opened, wipe_memory
 from cascadefs.config import MIB
 from cascadefs.errors import StoreError
 from cascadefs.namespace import ROOT
+from cascadefs.scheduler import PATIENCE_S, QUIET_S, may_seal
 from cascadefs.stats import metrics, status
 from cascadefs.store import Store
 
@@ -256,3 +257,39 @@ def test_a_store_that_was_refused_is_not_kept_locked(settings):
             Store(settings)
     (settings.store / "store.json").unlink()
     Store(settings).close()
+
+
+async def test_with_seal_flush_nothing_is_hashed_until_it_is_asked_for(settings):
+    settings = replace(settings, seal="flush", shm_size=64 * MIB)
+    async with opened(settings) as store:
+        for name in ("synced", "asked", "left"):
+            await store.put(name, name.encode() * 1000)
+        await trio.sleep(0.3)  # ten times what background work waits for
+        assert len(store.index.staged_inodes()) == 3
+        await store.mover.fsync(store.find("synced").ino)
+        assert len(store.index.staged_inodes()) == 2 and status(store, {})["tiers"]["cold"]["objects"] == 1
+        await store.info(store.find("asked").ino)  # its hash is asked for
+        assert store.index.staged_inodes() == [store.find("left").ino]
+        await store.flush()
+        assert not store.index.staged_inodes() and status(store, {})["pending_bytes"] == 0
+
+
+async def test_with_seal_flush_short_memory_is_a_reason(settings):
+    settings = replace(settings, seal="flush", shm_size=64 * MIB)
+    contents = {f"s{i}": os.urandom(4 * MIB) for i in range(16)}
+    async with opened(settings) as store:
+        for name, data in contents.items():
+            await store.put(name, data)
+        with trio.fail_after(20):
+            while store.residency.under_pressure():
+                await trio.sleep(0.02)
+        assert store.residency.evicted > 0
+        for name, data in contents.items():
+            assert await store.get(name) == data
+
+
+def test_what_is_sealed_in_the_background_needs_a_reason():
+    for due_s, quiet_s, expected in ((-1, 9, False), (0, QUIET_S, True), (1, 0, False), (PATIENCE_S, 0, True)):
+        assert may_seal(False, True, due_s, quiet_s) is expected
+        assert may_seal(False, False, due_s, quiet_s) is False
+        assert may_seal(True, False, due_s, quiet_s) is True

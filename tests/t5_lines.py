@@ -19,6 +19,14 @@ def test_a_time_is_met_from_below_a_rate_from_above_and_ratios_are_speeds():
     assert (ratio.ratio, ratio.met, ratio.target) == (0.75, False, ">= 0.8 x")
 
 
+def test_a_paired_line_is_the_median_of_the_ratios():
+    samples = {("r", CASCADE): [1.0, 3.0, 10.0], ("r", HUGE): [2.0, 3.0, 5.0]}
+    samples |= {("t", CASCADE): [1.0, 8.0], ("t", HUGE): [2.0, 2.0]}
+    rate, time = lines.judge([Goal("r", 0.95, True, paired=True), Goal("t", 1, True, paired=True)], samples, UNITS)
+    assert (rate.ratio, rate.met, rate.figure) == (1.0, True, 3.0)
+    assert time.ratio == (2 / 1 + 2 / 8) / 2
+
+
 def test_what_was_not_measured_is_not_met_and_not_missed():
     (alone, lacking) = lines.judge([Goal("t", 10), Goal("r", 1, True)], {("t", CASCADE): [5.0], ("r", CASCADE): [5.0]}, UNITS)
     assert alone.met is True and alone.ratio is None

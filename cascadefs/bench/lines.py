@@ -2,7 +2,7 @@
 
 Owns: the arithmetic and the table of goals for all `bench` commands. Does no measuring. Invariants:
 (1) A ratio is speed over speed, so more is better in every line, whatever the unit.
-(2) A line is judged by the medians of one run, or not at all: "not measured" is never "met".
+(2) A line is judged by one run, its medians or the median of its paired ratios, or not at all: "not measured" is never "met".
 """
 
 import statistics
@@ -36,7 +36,7 @@ BULK, OBJECTS = 0.95, 0.75  # of raw huge tmpfs
 @dataclass(frozen=True)
 class Goal:
     """What is wanted of `measure` at `place`. The figure itself is judged, or with `as_ratio` its speed over the reference:
-    the same measure (or `over`) at the place `beside`."""
+    the same measure (or `over`) at the place `beside`. `paired`: that is the median of the ratios of each repeat's two."""
 
     measure: str
     limit: float
@@ -44,6 +44,7 @@ class Goal:
     beside: str | None = HUGE
     place: str = CASCADE
     over: str | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def _line(goal: Goal, samples: Samples, unit: str) -> Line:
     figure = _median(samples, goal.measure, goal.place)
     other = _median(samples, goal.over or goal.measure, goal.beside)
     ratio = None if figure is None or other is None else report.speed_ratio(unit, figure, other)
+    if ratio is not None and goal.paired:
+        pairs = zip(samples[goal.measure, goal.place], samples[goal.over or goal.measure, goal.beside or ""], strict=True)
+        ratio = statistics.median(report.speed_ratio(unit, one, two) for one, two in pairs)
     judged, small = (ratio, False) if goal.as_ratio else (figure, unit in LESS_IS_BETTER)
     met = None if judged is None else (judged <= goal.limit if small else judged >= goal.limit)
     sign, suffix = "<=" if small else ">=", " x" if goal.as_ratio else f" {unit}"

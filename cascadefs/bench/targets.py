@@ -29,12 +29,12 @@ from cascadefs.bench.io import GIB, MIB, Place
 from cascadefs.errors import UserError
 
 SHM, HUGE, CASCADE, PORTABLE, EXAMPLE = "shm", "huge", "cascadefs", "portable", "example"
-DISK, NO_DEDUP = "disk", "nodedup"
+DISK, UNHASHED = "disk", "unhashed"
 TITLES = {
     SHM: "raw /dev/shm",
     HUGE: "raw tmpfs huge=within_size",
     DISK: "raw disk",
-    NO_DEDUP: "cascadefs, dedup off",
+    UNHASHED: "cascadefs, seal = flush",
     CASCADE: "cascadefs",
     PORTABLE: "cascadefs portable",
     EXAMPLE: "pyfuse3 passthroughfs",
@@ -263,7 +263,7 @@ def cascade(key: str, setup: Setup, note: Note) -> Iterator[Place]:
         command = [*cli, "mount", str(path), "--store", str(store / "store")]
         command += ["--shm-size", f"{setup.shm_bytes // MIB}MiB"]
         command += ["--no-passthrough"] if key == PORTABLE else []
-        environment = {**setup.environment, **({"CASCADEFS_DEDUP": "off"} if key == NO_DEDUP else {})}
+        environment = {**setup.environment, **({"CASCADEFS_SEAL": "flush"} if key == UNHASHED else {})}
         try:
             said = _mount(command, path, environment)
             for line in said.splitlines() if key == CASCADE else ():
@@ -360,7 +360,7 @@ def open_places(
             add(HUGE, lambda: _raw_huge(tmpfs))
         if DISK in keys:
             add(DISK, lambda: raw_disk(setup, note))
-        for key in (NO_DEDUP, CASCADE, PORTABLE):
+        for key in (UNHASHED, CASCADE, PORTABLE):
             if key in keys:
                 add(key, lambda key=key: cascade(key, setup, note))  # type: ignore[misc]
         if tmpfs and EXAMPLE in keys:

@@ -1,16 +1,18 @@
-"""Transfers that overlap with work on the bytes: buffers on their way to one file, and blocks fetched ahead of their use.
+"""Transfers that overlap with work on the bytes: buffers on their way to one file, and lanes that read, check and copy.
 
-Owns: the buffers and threads of one operation. Knows no records. Everything blocks: call it in a thread. Invariants:
-(1) At most DEPTH transfers are under way. A buffer that is being written is not touched before its write has ended.
+Owns: the threads of one operation, memory that is used again. Knows no records. Everything blocks: call it in a thread.
+Invariants: (1) At most DEPTH writes or LANES pieces are under way. A buffer that is being written is not touched meanwhile.
 (2) When a block ends, also by an error, nothing is under way any more: whoever cuts or closes the file comes after that.
-(3) Results and errors come in the order in which the transfers were begun.
+Writing has one thread that packs and others that write, because a file that grows takes one write at a time, and lanes would
+wait for each other's. Reading has lanes: nobody hands a piece on, so that each wake-up is one of the disk's.
 """
 
 import contextlib
 import mmap
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,9 +21,10 @@ from cascadefs.config import MIB
 from cascadefs.record import ALIGN
 
 DEPTH = 2  # one on the disk, one in the queue behind it; a third gained nothing
+LANES = 2  # one piece on the disk while the other is checked and copied; a third gained nothing
 KEPT_BYTES = 8 * MIB + 16 * ALIGN  # one write of cold.py
 KEPT_FROM_BYTES = MIB
-KEPT = 4  # 33 MiB: a flush and a promotion at once
+KEPT = 4  # 33 MiB: what a flush or a promotion needs, and one more
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -98,25 +101,31 @@ def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
         media.write_fully(fd, part, position)
 
 
-@contextlib.contextmanager
-def fetched_ahead(items: Iterable[T], fetch: Callable[[T], R], drop: Callable[[R], None]) -> Iterator[Iterator[R]]:
-    """`fetch` of each item, in order, the next ones begun while the caller has the last. What was not taken is dropped."""
-    with ThreadPoolExecutor(DEPTH, "cascadefs-read") as threads:
-        waiting: deque[Future[R]] = deque()
-        try:
-            yield _in_order(iter(items), fetch, threads, waiting)
-        finally:
-            for left in waiting:
-                if not left.cancel() and left.exception() is None:
-                    drop(left.result())
+def in_lanes(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """`work` of each item, LANES of them at once, begun in order; the results in order. The thread of the caller is a lane, so
+    that one item needs no other. After an error nothing is begun any more; that of the earliest item is raised."""
+    results, failed = dict[int, R](), dict[int, BaseException]()
+    left, lock = iter(enumerate(items)), Lock()
 
+    def lane() -> None:
+        while not failed:
+            with lock:
+                taken = next(left, None)
+            if taken is None:
+                return
+            try:
+                results[taken[0]] = work(taken[1])
+            except BaseException as e:
+                failed[taken[0]] = e
 
-def _in_order(
-    items: Iterator[T], fetch: Callable[[T], R], threads: ThreadPoolExecutor, waiting: "deque[Future[R]]"
-) -> Iterator[R]:
-    while True:
-        while len(waiting) < DEPTH and (item := next(items, None)) is not None:
-            waiting.append(threads.submit(fetch, item))
-        if not waiting:
-            return
-        yield waiting.popleft().result()
+    others = min(LANES, len(items)) - 1
+    if others > 0:
+        with ThreadPoolExecutor(others, "cascadefs-lane") as threads:
+            for _ in range(others):
+                threads.submit(lane)
+            lane()
+    else:
+        lane()
+    if failed:
+        raise failed[min(failed)]
+    return [results[number] for number in range(len(items))]

@@ -1,0 +1,99 @@
+"""Cold objects that nobody has asked for yet but somebody will: which, and bringing them to memory while the disk would idle.
+
+Owns: the sequences that openers follow, the queue, what came ahead unused. scheduler.py decides, residency.py moves the bytes.
+Objects are in the order in which they were sealed, which is that of their places in the extents. Invariants:
+(1) One object is read ahead at a time, and it begins only while nobody waits for a promotion.
+(2) Nothing is evicted for it, and nothing that goes wrong with it is told to anybody: whoever asks for that object finds out.
+(3) `unused` holds exactly the copies in memory that came ahead and that nobody has asked for since; digest -> bytes.
+"""
+
+import logging
+from collections import OrderedDict
+
+import trio
+
+from cascadefs import scheduler
+from cascadefs.residency import Residency
+from cascadefs.types import Object
+
+log = logging.getLogger(__name__)
+READERS = 64  # sequences that are followed at once: one number each
+QUEUE = 4  # of these many readers one object each waits to be read ahead; the oldest gives way
+NEAR = 4  # objects in memory are passed over up to so many
+
+
+class ReadAhead:
+    """`asked` and `opened` are told by files.py, `run()` acts in a nursery. All of it runs in the trio thread."""
+
+    def __init__(self, residency: Residency, limit_bytes: int) -> None:
+        self._residency, self._limit_bytes = residency, limit_bytes
+        self._expected: OrderedDict[int, None] = OrderedDict()
+        self._queue: OrderedDict[int, None] = OrderedDict()
+        self._event = trio.Event()
+        self._fetching, self._is_met = b"", False  # what is on its way; whether somebody waits for it by now
+        self.unused: dict[bytes, int] = {}
+        self.fetched = self.used = self.wasted = 0
+        residency.dropped = self._dropped
+
+    def asked(self, found: Object) -> None:
+        """An object is being opened that was not in memory, or only because of us."""
+        self._is_met |= found.digest == self._fetching
+        follows = found.oid in self._expected
+        self._expected.pop(found.oid, None)
+        followers = self._residency.index.durable_after(found.oid, NEAR)
+        coming = scheduler.next_in_order(followers, self._residency.memory.objects, self._limit_bytes)
+        if coming is None:
+            return
+        _remember(self._expected, coming.oid, READERS)
+        if follows:
+            _remember(self._queue, coming.oid, QUEUE)
+            self._event.set()
+
+    def opened(self, digest: object) -> bool:
+        """A copy in memory was opened. True: it had come ahead of that."""
+        was_unused = isinstance(digest, bytes) and self.unused.pop(digest, None) is not None
+        self.used += was_unused
+        return was_unused
+
+    def _dropped(self, digest: bytes) -> None:
+        self.wasted += self.unused.pop(digest, None) is not None
+
+    async def run(self) -> None:
+        """Read ahead until cancelled."""
+        while True:
+            await self._event.wait()
+            self._event = trio.Event()
+            while self._queue:
+                while self._residency.under_way:
+                    await next(iter(self._residency.under_way.values())).wait()
+                oid, _ = self._queue.popitem(last=False)
+                try:
+                    await self._fetch(oid)
+                except Exception as e:  # of a medium, or a fault of ours: the mount must not end for it
+                    log.debug("object %d was not read ahead: %r", oid, e)
+
+    async def _fetch(self, oid: int) -> None:
+        residency = self._residency
+        found = residency.index.find_oid(oid)
+        if found is None or not found.durable or residency.holder(found.digest) is not None:
+            return
+        memory, unused_bytes = residency.memory, sum(self.unused.values())
+        if not scheduler.may_read_ahead(memory.capacity_bytes, memory.used_bytes(), unused_bytes, found.size_bytes):
+            return
+        self._fetching, self._is_met = found.digest, False
+        try:
+            came = await residency.bring(found, heal=False)
+        finally:
+            self._fetching = b""
+        self.fetched += came
+        if came and self._is_met:
+            self.used += 1
+        elif came:
+            self.unused[found.digest] = found.size_bytes
+
+
+def _remember(keys: OrderedDict[int, None], key: int, limit: int) -> None:
+    keys.pop(key, None)
+    keys[key] = None
+    if len(keys) > limit:
+        keys.popitem(last=False)
