@@ -208,7 +208,7 @@ def early_punch() -> None:
 
     async def give_back(self: Mover) -> None:
         dead, self.files.dead = self.files.dead, []
-        self._punch(dead)
+        self.cold.punch(dead)
 
     Mover._give_back = give_back  # type: ignore[method-assign]
 
