@@ -18,7 +18,8 @@ READS, WRITES = 2.0, 3.0  # times the example
 METHOD = (
     "1, 2, 4 processes, each with a file of its own, start at one moment: bytes of all over the time from the first start to"
     " the last end, in 1 MiB calls. The cascadefs mount is made with --no-passthrough; the example is pyfuse3's passthroughfs"
-    " with its default options over a huge tmpfs. Both are read after a reopening, so the kernel asks for the bytes again.",
+    " with its default options over a huge tmpfs, in a session of its own as a daemon is. Both are read after a reopening, so"
+    " the kernel asks for the bytes again.",
     "One run, all places one after the other, the order rotating with the repeat; medians over the repeats.",
 )
 
