@@ -246,6 +246,20 @@ def test_a_large_cold_file_is_streamed_and_can_be_changed(mount, tmp_path):
     assert (mount.path / "big").read_bytes() == data[: 7 * MIB] + b"new" + data[7 * MIB + 3 :]
 
 
+def test_cold_files_read_in_the_order_of_writing_are_read_ahead(mount):
+    mount.start()
+    contents = {f"{i:02d}": os.urandom(1 << 20) for i in range(7)}
+    for name, data in contents.items():
+        (mount.path / name).write_bytes(data)
+    mount.stop("--drop-memory")
+    mount.start()
+    for name, data in contents.items():
+        assert (mount.path / name).read_bytes() == data
+        mount.flush()  # long enough for the next one to come
+    found = mount.status()["read_ahead"]
+    assert found["used"] >= 4 and found["wasted"] == 0  # from the third on, and one less where their order begins elsewhere
+
+
 def test_a_reader_of_a_stream_seeks_in_what_its_file_becomes(mount, tmp_path):
     (tmp_path / "toml").write_text('promote_limit = "1MiB"\n')
     mount.start("--config", tmp_path / "toml")
