@@ -1,12 +1,13 @@
 # How the reader of the device gets a processor: at once, and on the core of the program that it answers.
 #
-# Owns: its scheduling class, when to look where the caller runs, the move. A .pxd of inline functions, compiled into fuse_transport.
+# Owns: its niceness, when to look where the caller runs, the move. A .pxd of inline functions, compiled into fuse_transport.
 # Knows no message. An answer takes a few microseconds; but where all cores are busy, an ordinary thread waits for milliseconds to
 # be let in, and its caller with it. A caller sleeps until its answer comes, so its core is free; a wake-up on another core, which
 # is often halted, costs ten times the answer itself on a virtual machine, and the scheduler keeps either state for seconds.
 # Invariants:
 # (1) The thread may run wherever it might before: it is moved, not bound, so the scheduler still takes it off a busy core.
-# (2) The thread is of the lowest real-time priority, where that is allowed; the kernel gives such threads 95 % of the time at most.
+# (2) The thread stays in the ordinary class, with the highest priority there where that is allowed: a caller that is woken by a
+#     real-time thread goes to another core if one is idle, and the two would chase each other.
 # (3) What is not allowed or cannot be found out (no /proc, a caller in another namespace, a core that is not ours) changes nothing.
 
 from libc.stdint cimport int64_t, uint32_t
@@ -17,23 +18,23 @@ from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read
 
+cdef extern from "<sys/resource.h>" nogil:
+    int PRIO_PROCESS
+    int setpriority(int which, unsigned int who, int priority)
+
 cdef extern from "<sched.h>" nogil:
     ctypedef struct cpu_set_t:
         pass
     int sched_getcpu()
     int sched_getaffinity(int thread, size_t size, cpu_set_t *mask)
     int sched_setaffinity(int thread, size_t size, const cpu_set_t *mask)
-    struct sched_param:
-        int sched_priority
-    int SCHED_RR
-    int SCHED_RESET_ON_FORK
-    int sched_setscheduler(int thread, int policy, const sched_param *parameters)
     int CPU_ISSET(int core, const cpu_set_t *mask)
     int CPU_COUNT(const cpu_set_t *mask)
     void CPU_ZERO(cpu_set_t *mask)
     void CPU_SET(int core, cpu_set_t *mask)
 
 cdef enum:
+    HIGHEST_PRIORITY = -20
     LOOK_EVERY = 16  # requests: a look costs 5 us, a wake-up of another core 40
     IDLE_NS = 1000000  # after such a pause a look is free in comparison
     STAT_BYTES = 1024
@@ -49,9 +50,7 @@ ctypedef struct CallerCore:  # zeros: not begun
 
 cdef inline void begin_to_follow(CallerCore *follow) noexcept nogil:
     """In the thread that is to follow."""
-    cdef sched_param lowest
-    lowest.sched_priority = 1
-    sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &lowest)
+    setpriority(PRIO_PROCESS, 0, HIGHEST_PRIORITY)  # 0: this thread
     follow.begun = True
     follow.useful = sched_getaffinity(0, sizeof(cpu_set_t), &follow.allowed) == 0 and CPU_COUNT(&follow.allowed) > 1
 
