@@ -32,7 +32,7 @@ from cython_ext.own_answers cimport Known, known_free, known_init
 from cython_ext.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
-from cython_ext.reader_scheduling cimport CallerCore, follow_caller
+from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from cython_ext.served_io cimport read_served, write_served
@@ -355,15 +355,17 @@ cdef class Transport:
         cdef uint8_t *message = data - WRITE_HEAD
         cdef CallerCore follow
         cdef ssize_t got
-        cdef int code = 0
+        cdef int core, code = 0
         memset(&follow, 0, sizeof(follow))
         while not code and reader_may_read(&self.readers, reader):
             got = read(self.wire.device_fd, message, self.message_max)
             reader_works(reader)
             if got > 0:
+                core = -1
                 if self.passthrough_agreed:  # else it moves whole contents, and is one of several
-                    follow_caller(&follow, (<fuse_in_header *>message).pid)
+                    core = core_to_follow(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got, pipe)
+                move_to(&follow, core)
             elif got == 0 or errno == ENODEV:
                 break
             elif errno == EAGAIN:

@@ -10,12 +10,11 @@
 #     real-time thread goes to another core if one is idle, and the two would chase each other.
 # (3) What is not allowed or cannot be found out (no /proc, a caller in another namespace, a core that is not ours) changes nothing.
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi
 from libc.string cimport strrchr
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read
 
 cdef extern from "<sys/resource.h>" nogil:
@@ -35,8 +34,7 @@ cdef extern from "<sched.h>" nogil:
 
 cdef enum:
     HIGHEST_PRIORITY = -20
-    LOOK_EVERY = 16  # requests: a look costs 5 us, a wake-up of another core 40
-    IDLE_NS = 1000000  # after such a pause a look is free in comparison
+    LOOK_EVERY = 16  # requests. A look costs 5 us, a move 50 to 100; after pauses, when caches are cold, both cost more than they gain
     STAT_BYTES = 1024
     FIELDS_BEFORE_CORE = 37  # of /proc/PID/stat, after the name of the command; the core is field 39 of all
 
@@ -45,7 +43,6 @@ ctypedef struct CallerCore:  # zeros: not begun
     cpu_set_t allowed
     bint useful  # whether there is a choice
     uint32_t requests  # since the last look
-    int64_t last_ns
 
 
 cdef inline void begin_to_follow(CallerCore *follow) noexcept nogil:
@@ -75,29 +72,23 @@ cdef inline int core_of(uint32_t thread) noexcept nogil:
     return atoi(at + 1) if at != NULL and at[0] else -1
 
 
-cdef inline bint should_look(CallerCore *follow) noexcept nogil:
-    cdef timespec now
-    cdef int64_t now_ns, before = follow.last_ns
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    now_ns = <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-    follow.last_ns = now_ns
-    follow.requests += 1
-    if follow.requests < LOOK_EVERY and now_ns - before < IDLE_NS:
-        return False
-    follow.requests = 0
-    return True
-
-
-cdef inline void follow_caller(CallerCore *follow, uint32_t caller) noexcept nogil:
-    """Before the answer to a request of thread `caller`: now and then, go to where it waits."""
-    cdef cpu_set_t one
+cdef inline int core_to_follow(CallerCore *follow, uint32_t caller) noexcept nogil:
+    """Before the answer to a request of thread `caller`, while it sleeps: now and then, the core where it does; else -1: stay."""
     cdef int core
     if not follow.begun:
         begin_to_follow(follow)
-    if not follow.useful or not caller or not should_look(follow):
-        return
+    follow.requests += 1
+    if not follow.useful or not caller or follow.requests < LOOK_EVERY:
+        return -1
+    follow.requests = 0
     core = core_of(caller)
-    if core < 0 or core == sched_getcpu() or not CPU_ISSET(core, &follow.allowed):
+    return core if core >= 0 and core != sched_getcpu() and CPU_ISSET(core, &follow.allowed) else -1
+
+
+cdef inline void move_to(CallerCore *follow, int core) noexcept nogil:
+    """After the answer: a caller that is woken by a thread on its own core goes to another one that is idle."""
+    cdef cpu_set_t one
+    if core < 0:
         return
     CPU_ZERO(&one)
     CPU_SET(core, &one)

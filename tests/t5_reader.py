@@ -11,7 +11,8 @@ import pytest
 from t5_creates import FOLDER, GETATTR, Maker
 
 ROUNDS = 20
-PAUSE_S = 0.003  # after a pause the reader looks at the next request
+PAUSE_S = 0.003
+LOOK_EVERY = 16  # requests
 
 
 def core_of(thread):
@@ -32,8 +33,10 @@ def test_the_reader_goes_where_its_caller_waits(tmp_path):
             os.sched_setaffinity(caller.native_id, {core})
             time.sleep(PAUSE_S)
             head = struct.pack("<IIQQIIIHH", 56, GETATTR, 2 * at, FOLDER, 0, 0, caller.native_id, 0, 0)
-            maker.kernel.send(head + bytes(16))
-            maker.answered()
+            for _ in range(LOOK_EVERY):
+                maker.kernel.send(head + bytes(16))
+                maker.answered()
+            time.sleep(PAUSE_S)  # it moves when it has answered
             followed += core_of(reader) == core
             assert os.sched_getaffinity(reader) == set(allowed)  # moved, not bound
     finally:
