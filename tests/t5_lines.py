@@ -84,7 +84,7 @@ def test_a_plot_is_drawn_where_matplotlib_is(tmp_path):
 
 def test_lanes_write_and_read_every_byte(tmp_path):
     size = 5 * cold.REQUEST + 4096  # not a multiple of what the lanes move together
-    kit = io.make_kit(cold.DEPTH * cold.REQUEST)
+    kit = io.make_kit(cold.DEPTH * cold.REQUEST, io.Ballast(tmp_path, 0))
     fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     cold.in_flight(fd, kit.source.view, size, True)
     assert os.fstat(fd).st_size == size

@@ -32,7 +32,8 @@ METHOD = (
     " them durable; none of it was sealed or flushed before (seal_delay=60). Raw: one file of the same bytes, O_DIRECT,"
     " 4 MiB requests, four in flight (threads), and fdatasync, all in the clock.",
     "cold read: the mount is taken down with --drop-memory and up again; open, one readv, close of each file of 80 MiB;"
-    " open brings it to memory, the rest reads it from there. Raw: the raw file, four requests of 4 MiB in flight.",
+    " open brings it to memory, the rest reads it from there; memory that is free is touched before (see io.Ballast). Raw: the"
+    " raw file, four requests of 4 MiB in flight. Buffers lie on huge pages.",
     "small blocks: 100 files of 64 KiB are written and closed, then one `cascadefs flush` (fsync of .cascade: data and names of"
     " all of them are durable; fsync of a plain folder would be names only, fsync of one file that file only). Raw: a file for"
     " each block on the same disk, write, fsync, close.",
@@ -121,6 +122,7 @@ def _cascade(blocks: int, place: Mounted, folder: Path, kit: Kit) -> Figures:
         raise OSError(errno.EBUSY, f"{pending} of {blocks * BLOCK} bytes were left to flush")
     flushed = _timed(partial(sync_all, place.folder))
     place.remount(True)
+    kit.touch()
     opening, reading = 0.0, 0.0
     for number, first in enumerate(firsts):
         start = time.perf_counter()

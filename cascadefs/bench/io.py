@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from cascadefs.errors import UserError
+from cascadefs.tiers.flight import page_buffer
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 STAMP_BYTES = 64 * KIB  # finer than any block of a store, coarse enough to cost 2 us per MiB, outside the clock
@@ -83,10 +84,10 @@ class Place:
 
 
 class Source:
-    """One page-faulted buffer of random bytes, made unique again by `stamp` before each use."""
+    """One page-faulted buffer of random bytes on huge pages, made unique again by `stamp` before each use."""
 
     def __init__(self, size_bytes: int) -> None:
-        self.view = memoryview(mmap.mmap(-1, size_bytes))
+        self.view = memoryview(page_buffer(size_bytes))
         seed = os.urandom(min(size_bytes, 4 * MIB))
         for offset in range(0, size_bytes, len(seed)):
             length = min(len(seed), size_bytes - offset)
@@ -101,19 +102,6 @@ class Source:
             _STAMP.pack_into(self.view, offset, self._nonce, self.next_number)
             self.next_number += 1
         return first
-
-
-@dataclass(frozen=True)
-class Kit:
-    """The buffers of one run: `sink` is page-faulted too, so that reads fault in nothing of ours."""
-
-    source: Source
-    sink: memoryview
-
-
-def make_kit(size_bytes: int) -> Kit:
-    """Buffers for calls of up to `size_bytes`."""
-    return Kit(Source(size_bytes), Source(size_bytes).view)
 
 
 @dataclass(frozen=True)
@@ -134,6 +122,24 @@ class Ballast:
         with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
             for offset in range(0, self.size_bytes, len(filler)):
                 write_all(file.fileno(), filler[: self.size_bytes - offset])
+
+
+@dataclass(frozen=True)
+class Kit:
+    """The buffers of one run: `sink` is page-faulted too, so that reads fault in nothing of ours."""
+
+    source: Source
+    sink: memoryview
+    ballast: Ballast
+
+    def touch(self) -> None:
+        """Directly before the clock of a measure, or of a part of one before which memory was given back."""
+        self.ballast.touch(self.sink)
+
+
+def make_kit(size_bytes: int, ballast: Ballast) -> Kit:
+    """Buffers for calls of up to `size_bytes`."""
+    return Kit(Source(size_bytes), Source(size_bytes).view, ballast)
 
 
 Figures = dict[str, float]
@@ -452,7 +458,7 @@ def run(
     buffer_bytes: int = 0,
 ) -> Samples:
     """All samples by (row name, target key). A target that fails is left out from then on; its figures are dropped."""
-    kit = make_kit(max(FULL.buffer_bytes, buffer_bytes))
+    kit = make_kit(max(FULL.buffer_bytes, buffer_bytes), ballast)
     by_key = {place.key: place for place in places}
     samples: Samples = {}
     for _, number, key in schedule(repeats, len(chosen), list(by_key)):
@@ -460,7 +466,7 @@ def run(
         on_step(next(iter(measure.units)), key)
         if place is None:
             continue
-        ballast.touch(kit.sink)
+        kit.touch()
         try:
             figures = measure.run(place, kit)
         except OSError as failure:

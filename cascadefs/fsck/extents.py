@@ -4,7 +4,6 @@ Owns: a reader of the format of its own, written from FORMAT.md, so that a fault
 page cache where the filesystem allows it. Changes nothing.
 """
 
-import mmap
 import os
 import sqlite3
 import struct
@@ -18,6 +17,7 @@ from cascadefs import media
 from cascadefs.ext import hashing
 from cascadefs.fsck.names import Paths
 from cascadefs.fsck.report import Places, Progress, Report
+from cascadefs.tiers.flight import page_buffer
 
 PAGE = 4096
 HEAD = struct.Struct("<4sI16sQQ16sQ")
@@ -60,7 +60,7 @@ class Extent:
         self.number, self.size, self.sealed, self.known = number, size, sealed, known
         self._fd = media.open_direct(path, os.O_RDONLY)
         self.file_size = os.fstat(self._fd).st_size
-        self._buffer = mmap.mmap(-1, BUFFER_BYTES)
+        self._buffer = page_buffer(BUFFER_BYTES)
 
     def close(self) -> None:
         """Close the file."""
@@ -70,7 +70,7 @@ class Extent:
         """Bytes at a multiple of PAGE; fewer at the end of the file. Valid until the next call."""
         wanted = -(-length // PAGE) * PAGE
         if wanted > len(self._buffer):
-            self._buffer = mmap.mmap(-1, wanted)
+            self._buffer = page_buffer(wanted)
         with memoryview(self._buffer)[:wanted] as view:
             got = media.read_fully(self._fd, view, at)
         return memoryview(self._buffer)[: min(got, length)]

@@ -5,13 +5,13 @@ Owns: what a block contains. Does not know who stores it. Invariants:
 (2) Contents of two numbers or two seeds differ in each STAMP_BYTES, so deduplication finds only what it should.
 """
 
-import mmap
 import struct
 
 import numpy as np
 
 from cascadefs.bench.compare.adapter import Pair, Shape, split
 from cascadefs.bench.io import KIB, MIB, STAMP_BYTES
+from cascadefs.tiers.flight import page_buffer
 
 POOL_BYTES = 4 * MIB  # far more than any compressor's window that is used here
 STEP = 2 * KIB  # a piece begins at a multiple of this in the pool: finding the same piece twice is rare
@@ -57,9 +57,7 @@ def unique_bytes(shape: Shape) -> int:
 
 def buffer(size_bytes: int) -> memoryview:
     """Page-aligned memory that is there: every page was touched. Huge pages where the kernel gives them, as an engine's."""
-    memory = mmap.mmap(-1, size_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
+    view = memoryview(page_buffer(size_bytes))
     zero(view)
     return view
 

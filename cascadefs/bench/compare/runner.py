@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cascadefs.bench.compare.adapter import Room, Service, Shape, StorageAdapter
-from cascadefs.bench.io import Ballast, make_kit, rotation
+from cascadefs.bench.io import Ballast, Source, rotation
 from cascadefs.bench.targets import SHM_FOLDER, LeftOut, Note, Setup, available_bytes, huge_tmpfs, temporary_folder
 
 ANSWER_S = 300  # a phase that takes longer hangs
@@ -116,11 +116,12 @@ def _phase(host: Host, verb: str, shape: Shape) -> float:
     return float(max(span[1] for span in spans) - min(span[0] for span in spans)) / 1e9
 
 
-def _cold(host: Host, service: Service, shape: Shape) -> float | None:
+def _cold(host: Host, service: Service, shape: Shape, touch: Callable[[], None]) -> float | None:
     if service.cool is None:
         return None
     _phase(host, "cool", shape)
     service.cool()
+    touch()
     return _phase(host, "read", shape)
 
 
@@ -132,7 +133,7 @@ def _sample(
     write_s = _phase(host, "write", shape)
     flush_s = 0.0 if system.flush is StorageAdapter.flush else _phase(host, "flush", shape)
     stored = service.stored_bytes()
-    hot_s, cold_s = _phase(host, "read", shape), _cold(host, service, shape)
+    hot_s, cold_s = _phase(host, "read", shape), _cold(host, service, shape, touch)
     _phase(host, "end", shape)
     return Sample(write_s, flush_s, hot_s, cold_s, stored)
 
@@ -144,7 +145,7 @@ class Runner:
         self.systems, self.setup, self.note = systems, setup, note
         self.memory, self.huge = memory, huge
         self._hosts: dict[str, Host] = {}
-        self._filler = make_kit(1 << 24).sink
+        self._filler = Source(1 << 24).view
 
     def close(self) -> None:
         """No program is left."""
