@@ -226,18 +226,30 @@ class Bulk:
         Unplaced, and nothing has changed, when the cold tier does not hold all of it."""
         with self._database.transaction():
             oids = self._objects_of([one.content for one in captured if one.content.size_bytes])
-            blocks, placed = self.blocks_of(list(oids.values())), dict[int, Location]()
-            for one in captured:
-                for block in blocks.get(oids.get(one.content.digest, EMPTY_OID), ()):
-                    if block.location is None and block.bid not in placed:
-                        if (at := one.places.get((block.fingerprint, block.length))) is None:
-                            raise Unplaced
-                        placed[block.bid] = at
-            dead = self.place(list(placed.items()), extent, extent_size)
-            dead += self.mark_durable(list(oids.values()))
+            places = {oids[one.content.digest]: one.places for one in captured if one.content.size_bytes}
+            dead, durable = self.place_captured(places, extent, extent_size)
+            if durable != places.keys():
+                raise Unplaced
             for one in captured:
                 dead += self._index.set_fallback(one.ino, oids.get(one.content.digest, EMPTY_OID))
         return dead
+
+    def place_captured(
+        self, places: Mapping[int, Mapping[Print, Location]], extent: int, extent_size: int
+    ) -> tuple[list[Location], set[int]]:
+        """Blocks of objects that had no place lie where they were written, if they were. (records that died, those of the
+        objects that are durable now)."""
+        placed = dict[int, Location]()
+        with self._database.transaction():
+            for oid, blocks in self.blocks_of(list(places)).items():
+                for block in blocks:
+                    at = places[oid].get((block.fingerprint, block.length))
+                    if block.location is None and at is not None:
+                        placed.setdefault(block.bid, at)
+            dead = self.place(list(placed.items()), extent, extent_size)
+            whole = self.placed_whole(list(places))
+            dead += self.mark_durable(sorted(whole))
+        return dead, whole
 
     def _objects_of(self, contents: Sequence[NewObject]) -> dict[bytes, int]:
         """Digest -> number; objects that are missing are made, without a reference."""

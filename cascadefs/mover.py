@@ -29,6 +29,7 @@ from cascadefs.journal import Journal, Taken, encoded
 from cascadefs.live import take
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Outcome, Sealer
+from cascadefs.straight import Straight
 from cascadefs.tiers.cold import Piece
 from cascadefs.types import Location, Object
 
@@ -57,6 +58,7 @@ class Mover:
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self.extent = OpenExtent(files)
         self.fsyncs = Fsyncs(files, sealer, self.journal, self.extent, self.sync_index)
+        self.straight = Straight(files, sealer, self.extent)
         self._sync_lock = trio.Lock()
         self._synced = -1  # rows that had changed in this process when the index was synced the last time
         self._event = trio.Event()
@@ -399,12 +401,15 @@ class Mover:
             raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")
 
     async def _seal_all(self) -> list[int]:
-        """Seal what is staged; what has writers is returned. The background flushes meanwhile what is enough for a round."""
+        """Seal what is staged, most of it straight into the extent; what has writers is returned. What has to be sealed by
+        itself the background flushes meanwhile, if it is enough for a round."""
         outcome = Outcome()
         closed = {ino: place for place, ino in enumerate(self.files.to_seal)}  # their order is what readers follow
         staged = sorted(self.index.staged_inodes(), key=lambda ino: closed.get(ino, len(closed)))
+        await self.straight.run(staged, self._round_bytes(), outcome)
+        outcome.sealed_bytes = 0
         try:
-            for batch in self.sealer.batches(staged):
+            for batch in self.sealer.batches([ino for ino in staged if ino not in outcome.sealed]):
                 await self.sealer.seal_batch(batch, outcome)
                 self._is_hurried = outcome.sealed_bytes >= HURRY_BYTES
         finally:

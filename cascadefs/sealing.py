@@ -13,7 +13,7 @@ Owns: the transition staged -> object. Invariants:
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,8 +141,8 @@ class Sealer:
         batch = list(self._candidates(held, outcome))
         try:
             await self._examine(batch)
-            fresh, twins = self._told_apart(batch, outcome)
-            self._show_fresh(fresh, outcome)
+            fresh, twins = self.told_apart(batch, outcome)
+            self.show_fresh(fresh, outcome, nothing_more)
             for one in twins:
                 await self._seal_twin(one, outcome)
         finally:
@@ -176,7 +176,7 @@ class Sealer:
             return os.lstat(self.residency.tier_of(inode.home).staged_path(inode.ino)).st_size
         return 0
 
-    def _told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
+    def told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
         """(those whose content is new, those whose bytes must be compared with others first)."""
         readable = list[Staged]()
         for one in batch:
@@ -198,11 +198,12 @@ class Sealer:
 
     # --- contents that are new
 
-    def _show_fresh(self, fresh: Sequence[Staged], outcome: Outcome) -> None:
-        """In one transaction. One that the index refuses is tried again file by file: a smaller change may go through."""
+    def show_fresh(self, fresh: Sequence[Staged], outcome: Outcome, more: Callable[[Sequence[Staged]], None]) -> None:
+        """In one transaction, of which `more` is the end. One that the index refuses is tried again file by file: a smaller
+        change may go through."""
         adopted = [one for one in fresh if self._adopted(one, outcome)]
         try:
-            self._show(adopted)
+            self._show(adopted, more)
         except BaseException as e:
             for one in adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
                 self.residency.drop(one.tier, one.digest)
@@ -212,7 +213,7 @@ class Sealer:
                 outcome.failed(e)
                 return
             for one in adopted:
-                self._show_fresh((one,), outcome)
+                self.show_fresh((one,), outcome, more)
             return
         point("sealed")
         outcome.sealed.update(one.ino for one in adopted)
@@ -237,7 +238,7 @@ class Sealer:
             return False
         return True
 
-    def _show(self, batch: Sequence[Staged]) -> None:
+    def _show(self, batch: Sequence[Staged], more: Callable[[Sequence[Staged]], None]) -> None:
         """The transaction. No await since the adoption; attributes are read again, because chmod and utimens do not wait for
         the lock."""
         if not batch:
@@ -251,6 +252,7 @@ class Sealer:
             shown.append(Shown(one.ino, content, mtime_ns, ctime_ns, blocks))
         with self.files.database.transaction():
             self.files.dead += self.files.bulk.show(shown)
+            more(batch)
 
     def _finish(self, sealed: Sequence[tuple[Live, FileTier, bytes | None]]) -> None:
         """The rows say so: readers' sources and staged names follow. The digest is of the object that the file became, if it
@@ -424,6 +426,10 @@ class Sealer:
         for ino in inos:
             if (live := self.files.live.get(ino)) is None or not live.writers:
                 self.files.to_seal.setdefault(ino, at)
+
+
+def nothing_more(shown: Sequence[Staged]) -> None:
+    """Where sealing is all."""
 
 
 def _attributes(inode: Inode | Waiting, state: os.stat_result, size_bytes: int) -> tuple[int, int, int]:

@@ -57,14 +57,15 @@ class Examiner:
         """Fill in descriptor, size and prints of each, or why not."""
         for one in batch:
             try:
-                self._open(one)
+                self.open(one)
                 if not one.is_busy:
                     point("leased")
                     one.prints = self.fingerprints(one.fd, one.size_bytes)
             except OSError as e:
                 one.error = e
 
-    def _open(self, one: Staged) -> None:
+    def open(self, one: Staged) -> None:
+        """Descriptor and size; whether it is busy."""
         one.fd = media.open_file(one.tier.staged_path(one.ino), os.O_RDONLY)
         one.size_bytes = os.fstat(one.fd).st_size
         # Nothing is no object: readers of an empty file would be left with one that no writer knows.

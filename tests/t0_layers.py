@@ -26,7 +26,7 @@ ORDER = [
     ["files"],
     ["sealing", "streams", "recovery"],
     ["journal", "extent"],
-    ["fsyncs"],
+    ["fsyncs", "straight"],
     ["mover"],
     ["verifier"],
     ["store"],

@@ -65,12 +65,12 @@ class Capture:
             self._put(fd, data, used)
         return self._end
 
-    def run(self, subjects: Sequence[Subject], manifest: bytes) -> int:
-        """Write what is lacking, and a manifest behind it; fill in prints and places. The new end."""
+    def run(self, subjects: Sequence[Subject], manifest: bytes | None) -> int:
+        """Write what is lacking, and a manifest behind it, if there is one; fill in prints and places. The new end."""
         groups = list(_groups(subjects, self._block_bytes)) or [[]]
         with self._opened() as fd:
             if len(groups) == 1:
-                data = self._cold.buffers.take(_room(groups[0], manifest))
+                data = self._cold.buffers.take(max(MIB, _room(groups[0], manifest)))
                 self._put(fd, data, self._fill(data, groups[0], manifest))
             else:
                 self._write_groups(fd, groups, manifest)
@@ -100,7 +100,7 @@ class Capture:
         self._cold.buffers.give(data)
         self._end += used
 
-    def _write_groups(self, fd: int, groups: Sequence[Sequence[Part]], manifest: bytes) -> None:
+    def _write_groups(self, fd: int, groups: Sequence[Sequence[Part]], manifest: bytes | None) -> None:
         """The next group is read while the last is on its way."""
         with Writes(fd, self._cold.buffers) as writes:
             for group in groups:

@@ -1,0 +1,138 @@
+"""Staged files that nobody writes to become objects in the open extent in one pass: each byte is read once, hashed, written.
+
+Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes what is left. Invariants:
+(1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there any
+    more at the end is left for sealing. So is what must be compared with the bytes of others, and what has holes.
+(2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record. What
+    nothing needed in the end is dead.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import trio
+
+from cascadefs.crash import point
+from cascadefs.errors import UnreadableCopy
+from cascadefs.extent import OpenExtent
+from cascadefs.files import Files
+from cascadefs.live import take
+from cascadefs.sealing import Outcome, Sealer
+from cascadefs.staged import Staged
+from cascadefs.tiers.capture import Capture, Subject
+from cascadefs.types import Location, Print
+
+FILES = 512  # open at once
+
+
+class Straight:
+    """Of one store."""
+
+    def __init__(self, files: Files, sealer: Sealer, extent: OpenExtent) -> None:
+        self._files, self._sealer, self._extent = files, sealer, extent
+
+    async def run(self, inos: Sequence[int], limit_bytes: int, outcome: Outcome) -> None:
+        """Make durable what can be, some `limit_bytes` at a time; `outcome.sealed` tells which. The index is not synced yet."""
+        for at in range(0, len(inos), FILES):
+            opened, total = list[Staged](), 0
+            try:
+                for one in self._opened(inos[at : at + FILES]):
+                    opened.append(one)
+                    total += one.size_bytes
+                    if total >= limit_bytes:
+                        await self._pass(opened, outcome)
+                        self._let_go(opened, outcome)
+                        total = 0
+                await self._pass(opened, outcome)
+            finally:
+                self._let_go(opened, outcome)
+
+    def _opened(self, inos: Sequence[int]) -> Iterator[Staged]:
+        """Those that are staged, have no writer and no holes."""
+        files = self._files
+        found = files.bulk.staged(inos)
+        for ino in inos:
+            live = files.of(ino)
+            if ino not in found or live.writers or live.is_locked:
+                files.forget_if_gone(ino)
+                continue
+            one = Staged(live, files.residency.tier_of(found[ino].home), self._sealer.domain(found[ino]))
+            files.unchanged.add(ino)
+            try:
+                self._sealer.examiner.open(one)
+                one.is_busy |= os.fstat(one.fd).st_blocks * 512 < one.size_bytes
+            except OSError:
+                one.is_busy = True  # sealing will say why
+            yield one
+
+    def _let_go(self, opened: list[Staged], outcome: Outcome) -> None:
+        for one in opened:
+            one.close()
+            self._files.unchanged.discard(one.ino)
+            if one.ino in outcome.sealed:
+                self._files.to_seal.pop(one.ino, None)
+            self._files.forget_if_gone(one.ino)
+        opened.clear()
+
+    async def _pass(self, opened: Sequence[Staged], outcome: Outcome) -> None:
+        batch = [one for one in opened if not one.is_busy]
+        if not batch:
+            return
+        await take(self._extent.lock)
+        try:
+            number, position = await self._extent.tail()
+            subjects = self._subjects(batch)
+            end = await self._written(subjects, number, position)
+            if end is not None:
+                point("appended")
+                self._commit(list(zip(batch, subjects, strict=True)), number, end, outcome)
+                if self._files.index.open_extent() == (number, end):
+                    await self._extent.seal_if_full(number, end)
+        finally:
+            self._extent.lock.release()
+
+    def _subjects(self, batch: Sequence[Staged]) -> list[Subject]:
+        shared: dict[Print, Location] = {}
+        return [Subject(one.fd, one.size_bytes, not one.domain, {} if one.domain else shared) for one in batch]
+
+    async def _written(self, subjects: Sequence[Subject], number: int, position: int) -> int | None:
+        """The new end; None when one of them cannot be read: sealing will say which."""
+        files, health = self._files, self._files.database.health
+
+        def lacking(prints: Sequence[Print]) -> set[Print]:
+            return trio.from_thread.run_sync(files.bulk.lacking, prints)
+
+        capture = Capture(files.residency.cold, files.index.block_bytes, number, position, lacking)
+        try:
+            end = await trio.to_thread.run_sync(capture.run, subjects, None)
+        except UnreadableCopy:
+            return None
+        except OSError as e:
+            health.failed("cold tier", e)
+            raise
+        health.worked("cold tier")
+        return end
+
+    def _commit(self, batch: Sequence[tuple[Staged, Subject]], number: int, end: int, outcome: Outcome) -> None:
+        """No await: what is unchanged now is so when the transaction ends."""
+        files, places = self._files, {one.ino: subject.places for one, subject in batch}
+
+        def place(shown: Sequence[Staged]) -> None:
+            found = {object_.oid: one for one in shown if (object_ := files.index.find(one.digest)) is not None}
+            dead, durable = files.bulk.place_captured({oid: places[one.ino] for oid, one in found.items()}, number, end)
+            files.dead += dead
+            self._extent.placed.update({found[oid].digest: None for oid in durable})
+
+        fresh, _ = self._sealer.told_apart(list(self._unchanged(batch)), outcome)
+        self._sealer.show_fresh(fresh, outcome, place)
+        if files.index.open_extent() == (number, end):  # else the next append begins where this one did
+            written = {at for found in places.values() for at in found.values()}
+            files.dead += written - files.bulk.in_use(written)
+
+    def _unchanged(self, batch: Sequence[tuple[Staged, Subject]]) -> Iterator[Staged]:
+        """Those that are as they were read. Their running state may be another by now: who closes a file drops it."""
+        staged = self._files.bulk.staged([one.ino for one, _ in batch])
+        for one, subject in batch:
+            one.live, one.prints = self._files.of(one.ino), subject.prints
+            if one.ino in self._files.unchanged and one.ino in staged and not one.live.is_locked:
+                yield one
