@@ -1,4 +1,5 @@
-"""A flush of everything: what nobody writes to goes into the extent in one pass; what changes meanwhile is never taken for what it was."""
+"""A flush of everything: what nobody writes to goes into the extent in one pass; what changes meanwhile is not taken for what
+it was."""
 
 import os
 from dataclasses import replace
@@ -62,7 +63,12 @@ async def all_back(settings, contents):
 async def test_each_byte_is_read_and_hashed_once(slow_seal, monkeypatch):
     read = []
     once = hashing.read_fingerprint
-    monkeypatch.setattr(hashing, "read_fingerprint", lambda fd, at, into, secret: read.append(len(into)) or once(fd, at, into, secret))
+
+    def count(fd, offset, into, secret):
+        read.append(len(into))
+        return once(fd, offset, into, secret)
+
+    monkeypatch.setattr(hashing, "read_fingerprint", count)
     contents = {f"f{i}": os.urandom(70_000 + i) for i in range(20)}
     async with opened(slow_seal) as store:
         for name, data in contents.items():
