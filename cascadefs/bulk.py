@@ -60,6 +60,14 @@ class Captured:
     places: Mapping[Print, Location]
 
 
+class Placed(NamedTuple):
+    """Records that died; those of the objects that are durable now; the places that a block was given."""
+
+    dead: list[Location]
+    durable: set[int]
+    used: set[Location]
+
+
 class Unplaced(Exception):
     """A block has no place, or has lost it since somebody asked."""
 
@@ -221,24 +229,24 @@ class Bulk:
             self._db.execute("UPDATE extents SET live=live+? WHERE number=?", (live, extent))
         return dead
 
-    def keep(self, captured: Sequence[Captured], extent: int, extent_size: int) -> list[Location]:
-        """What staged inodes held becomes what they fall back to; it was written and synced. Returns the records that died.
-        Unplaced, and nothing has changed, when the cold tier does not hold all of it."""
+    def keep(
+        self, captured: Sequence[Captured], written: set[Location], extent: int, extent_size: int
+    ) -> list[Location]:
+        """What staged inodes held becomes what they fall back to; it was written and synced. Returns the records that died, and
+        those of `written` that nothing needs. Unplaced, and nothing has changed, when the cold tier does not hold all of it."""
         with self._database.transaction():
             oids = self._objects_of([one.content for one in captured if one.content.size_bytes])
             places = {oids[one.content.digest]: one.places for one in captured if one.content.size_bytes}
-            dead, durable = self.place_captured(places, extent, extent_size)
-            if durable != places.keys():
+            placed = self.place_captured(places, extent, extent_size)
+            if placed.durable != places.keys():
                 raise Unplaced
+            dead = placed.dead + list(written - placed.used)
             for one in captured:
                 dead += self._index.set_fallback(one.ino, oids.get(one.content.digest, EMPTY_OID))
         return dead
 
-    def place_captured(
-        self, places: Mapping[int, Mapping[Print, Location]], extent: int, extent_size: int
-    ) -> tuple[list[Location], set[int]]:
-        """Blocks of objects that had no place lie where they were written, if they were. (records that died, those of the
-        objects that are durable now)."""
+    def place_captured(self, places: Mapping[int, Mapping[Print, Location]], extent: int, extent_size: int) -> Placed:
+        """Blocks of objects that had no place lie where they were written, if they were. `places`: by object."""
         placed = dict[int, Location]()
         with self._database.transaction():
             for oid, blocks in self.blocks_of(list(places)).items():
@@ -249,7 +257,7 @@ class Bulk:
             dead = self.place(list(placed.items()), extent, extent_size)
             whole = self.placed_whole(list(places))
             dead += self.mark_durable(sorted(whole))
-        return dead, whole
+        return Placed(dead, whole, set(placed.values()))
 
     def _objects_of(self, contents: Sequence[NewObject]) -> dict[bytes, int]:
         """Digest -> number; objects that are missing are made, without a reference."""
@@ -257,11 +265,6 @@ class Bulk:
         known = self.known(list(unique))
         self._add([content for digest, content in unique.items() if digest not in known], 0)
         return {digest: found.oid for digest in unique if (found := self._index.find(digest)) is not None}
-
-    def in_use(self, places: Iterable[Location]) -> set[Location]:
-        """Those of some places at which a block lies."""
-        query = "SELECT 1 FROM blocks WHERE extent=? AND offset=?"
-        return {at for at in places if self._db.execute(query, (at.extent, at.offset)).fetchone()}
 
     def _unplaced(self, bids: Sequence[int]) -> set[int]:
         found = set[int]()

@@ -203,8 +203,7 @@ class Fsyncs:
         written = {place for one, _ in contents for place in one.subject.places.values()}
         try:
             with files.database.transaction():
-                files.dead += files.bulk.keep(kept, at.extent, at.offset + record_bytes(at.length))
-                files.dead += written - files.bulk.in_use(written)
+                files.dead += files.bulk.keep(kept, written, at.extent, at.offset + record_bytes(at.length))
                 files.dead += self._journal.written(taken, at, hashing.fingerprint(manifest, files.database.identity.secret))
                 for captured in kept:
                     files.namespace.update(captured.ino, size=files.attributes(captured.ino).size)

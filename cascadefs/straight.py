@@ -116,18 +116,19 @@ class Straight:
     def _commit(self, batch: Sequence[tuple[Staged, Subject]], number: int, end: int, outcome: Outcome) -> None:
         """No await: what is unchanged now is so when the transaction ends."""
         files, places = self._files, {one.ino: subject.places for one, subject in batch}
+        unused = {at for found in places.values() for at in found.values()}
 
         def place(shown: Sequence[Staged]) -> None:
             found = {object_.oid: one for one in shown if (object_ := files.index.find(one.digest)) is not None}
-            dead, durable = files.bulk.place_captured({oid: places[one.ino] for oid, one in found.items()}, number, end)
-            files.dead += dead
-            self._extent.placed.update({found[oid].digest: None for oid in durable})
+            placed = files.bulk.place_captured({oid: places[one.ino] for oid, one in found.items()}, number, end)
+            files.dead += placed.dead
+            unused.difference_update(placed.used)
+            self._extent.placed.update({found[oid].digest: None for oid in placed.durable})
 
         fresh, _ = self._sealer.told_apart(list(self._unchanged(batch)), outcome)
         self._sealer.show_fresh(fresh, outcome, place)
         if files.index.open_extent() == (number, end):  # else the next append begins where this one did
-            written = {at for found in places.values() for at in found.values()}
-            files.dead += written - files.bulk.in_use(written)
+            files.dead += unused
 
     def _unchanged(self, batch: Sequence[tuple[Staged, Subject]]) -> Iterator[Staged]:
         """Those that are as they were read. Their running state may be another by now: who closes a file drops it."""

@@ -219,3 +219,25 @@ def test_a_capture_packs_what_is_lacking_and_reads_a_file_that_shrank_as_zeros(t
     tier.verify(told, hashing.fingerprint(manifest, tier.secret), MANIFEST)
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.parametrize("way", ["flush", "fsync"])
+async def test_no_statement_looks_at_every_row(slow_seal, way):
+    """Else the tenth thousand of files would take ten times as long as the first."""
+    said = set[str]()
+    async with opened(slow_seal) as store:
+        connection = store.database.connection
+        await store.put("first", os.urandom(20_000))
+        await store.flush()
+        connection.set_trace_callback(said.add)
+        await store.put("g", os.urandom(20_000))
+        with written(store, "f", os.urandom(20_000)) as ino:
+            await (store.flush() if way == "flush" else store.mover.fsync(ino))
+        connection.set_trace_callback(None)
+        plans = {}
+        for statement in said:
+            if statement.split(" ", 1)[0] in ("SELECT", "UPDATE", "DELETE"):
+                plans[statement] = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+    assert len(plans) > 10
+    whole = ("inodes", "objects", "blocks", "object_blocks", "entries")
+    assert not [(s, step) for s, steps in plans.items() for step in steps if step.removeprefix("SCAN ") in whole]
