@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Home(IntEnum):
@@ -17,8 +18,7 @@ EMPTY_OID = 0  # as durable_oid: the inode falls back to no bytes at all. No obj
 Print = tuple[bytes, int]  # fingerprint and length of a block
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where a record starts: extent number, byte offset of its header, payload length in bytes."""
 
     extent: int
