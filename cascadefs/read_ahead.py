@@ -2,7 +2,8 @@
 
 Owns: the sequences that openers follow, the queue, what came ahead unused. scheduler.py decides, residency.py moves the bytes.
 Objects are in the order in which they were sealed, which is that of their places in the extents. Invariants:
-(1) One object is read ahead at a time, and it begins only while nobody waits for a promotion.
+(1) One object is read ahead at a time, and it begins only when the disk has been asked for all that is on its way: the
+last pieces of the one before are checked and copied meanwhile.
 (2) Nothing is evicted for it, and nothing that goes wrong with it is told to anybody: whoever asks for that object finds out.
 (3) `unused` holds exactly the copies in memory that came ahead and that nobody has asked for since; digest -> bytes.
 """
@@ -30,14 +31,14 @@ class ReadAhead:
         self._expected: OrderedDict[int, None] = OrderedDict()
         self._queue: OrderedDict[int, None] = OrderedDict()
         self._event = trio.Event()
-        self._fetching, self._is_met = b"", False  # what is on its way; whether somebody waits for it by now
+        self._unmet: dict[bytes, int] = {}  # what is on its way and nobody waits for yet; digest -> bytes
         self.unused: dict[bytes, int] = {}
         self.fetched = self.used = self.wasted = 0
         residency.dropped = self._dropped
 
     def asked(self, found: Object) -> None:
         """An object is being opened that was not in memory, or only because of us."""
-        self._is_met |= found.digest == self._fetching
+        self._unmet.pop(found.digest, None)
         follows = found.oid in self._expected
         self._expected.pop(found.oid, None)
         followers = self._residency.index.durable_after(found.oid, NEAR)
@@ -60,33 +61,38 @@ class ReadAhead:
 
     async def run(self) -> None:
         """Read ahead until cancelled."""
-        while True:
-            await self._event.wait()
-            self._event = trio.Event()
-            while self._queue:
-                while self._residency.under_way:
-                    await next(iter(self._residency.under_way.values())).wait()
-                oid, _ = self._queue.popitem(last=False)
-                try:
-                    await self._fetch(oid)
-                except Exception as e:  # of a medium, or a fault of ours: the mount must not end for it
-                    log.debug("object %d was not read ahead: %r", oid, e)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._event.wait()
+                self._event = trio.Event()
+                while self._queue:
+                    await self._residency.disk_is_asked()
+                    oid, _ = self._queue.popitem(last=False)
+                    if (found := self._wanted(oid)) is not None:
+                        await nursery.start(self._fetch, found)
 
-    async def _fetch(self, oid: int) -> None:
+    def _wanted(self, oid: int) -> Object | None:
+        """The object, if it is to be brought."""
         residency = self._residency
         found = residency.index.find_oid(oid)
-        if found is None or not found.durable or residency.holder(found.digest) is not None:
-            return
-        memory, unused_bytes = residency.memory, sum(self.unused.values())
-        if not scheduler.may_read_ahead(memory.capacity_bytes, memory.used_bytes(), unused_bytes, found.size_bytes):
-            return
-        self._fetching, self._is_met = found.digest, False
+        if found is None or not found.durable or found.digest in residency.under_way or residency.holder(found.digest):
+            return None
+        memory, unused_bytes = residency.memory, sum(self.unused.values()) + sum(self._unmet.values())
+        room = scheduler.may_read_ahead(memory.capacity_bytes, memory.used_bytes(), unused_bytes, found.size_bytes)
+        return found if room else None
+
+    async def _fetch(self, found: Object, task_status: trio.TaskStatus[None]) -> None:
+        """Bring it; it is under way when the starter goes on."""
+        self._unmet[found.digest] = found.size_bytes
+        task_status.started()
+        came = False
         try:
-            came = await residency.bring(found, heal=False)
-        finally:
-            self._fetching = b""
+            came = await self._residency.bring(found, heal=False)
+        except Exception as e:  # of a medium, or a fault of ours: the mount must not end for it
+            log.debug("object %d was not read ahead: %r", found.oid, e)
+        unmet_bytes = self._unmet.pop(found.digest, None)
         self.fetched += came
-        if came and self._is_met:
+        if came and unmet_bytes is None:
             self.used += 1
         elif came:
             self.unused[found.digest] = found.size_bytes

@@ -4,7 +4,8 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (1) `clean` holds exactly the copies in memory whose object is durable in the cold tier: only they may be evicted.
 (2) A copy that somebody has open is not dropped: its memory would not come back, and its next open would find nothing.
 (3) The bytes that promote() puts into memory were verified block by block.
-(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice.
+(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice. `_reading` has the same, each
+with whether the disk has been asked for all of it: then the next may begin, and the disk does not wait for the last copying.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from threading import Semaphore
 
 import trio
 
@@ -27,7 +29,7 @@ from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
-from cascadefs.tiers.flight import in_lanes
+from cascadefs.tiers.flight import AT_DISK, in_lanes
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
@@ -57,6 +59,7 @@ class Residency:
         self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
         self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
         self.under_way: dict[bytes, trio.Event] = {}  # set when that promotion has ended, well or not
+        self._reading: dict[bytes, trio.Event] = {}
         self._promotions = 0
         self._opened_before: set[bytes] = set()
 
@@ -161,21 +164,24 @@ class Residency:
 
     # --- cold -> memory
 
-    def materialize(self, blocks: Sequence[Block], path: str, heal: bool = True) -> None:
+    def materialize(
+        self, blocks: Sequence[Block], path: str, heal: bool = True, all_begun: Callable[[], None] = nobody_holds
+    ) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged: when
-        there is no good copy, or at once where `heal` says not to look for one."""
+        there is no good copy, or at once where `heal` says not to look for one. `all_begun` is told when no block is left to
+        begin, by any thread, perhaps more than once."""
         media.remove(path)
         fd = media.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             media.truncate(fd, sum(block.length for block in blocks))
-            self._copy_blocks(blocks, fd, heal)
+            self._copy_blocks(blocks, fd, heal, all_begun)
         finally:
             os.close(fd)
 
-    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool) -> None:
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool, all_begun: Callable[[], None]) -> None:
         """Each block to its place, some at once; damaged ones, for which other threads may be asked, afterwards."""
         places = list(zip(accumulate((block.length for block in blocks), initial=0), blocks, strict=False))
-        done = in_lanes(places, partial(self._copy_sound, fd, set[bytes]()))
+        done = in_lanes(places, partial(self._copy_sound, fd, set[bytes](), Semaphore(AT_DISK)), all_begun)
         for offset, block in (place for place, sound in zip(places, done, strict=True) if not sound):
             if not heal:
                 raise CorruptRecord(f"block {block.bid} is damaged")
@@ -186,7 +192,7 @@ class Residency:
                 payload.release()
                 buffer.close()
 
-    def _copy_sound(self, fd: int, holes: set[bytes], place: tuple[int, Block]) -> bool:
+    def _copy_sound(self, fd: int, holes: set[bytes], turn: Semaphore, place: tuple[int, Block]) -> bool:
         """Copy a block as it lies in its extent. Zeros are read once and left as a hole. False: it is damaged."""
         offset, block = place
         if block.fingerprint in holes:
@@ -195,7 +201,7 @@ class Residency:
             return False
         buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
-            with self.cold.read_into(buffer, block.location, block.fingerprint) as payload:
+            with self.cold.read_into(buffer, block.location, block.fingerprint, turn=turn) as payload:
                 if not payload[0] and payload == bytes(len(payload)):
                     holes.add(block.fingerprint)
                 else:
@@ -217,13 +223,20 @@ class Residency:
         self.make_room(found.size_bytes)
         return await self.bring(found, heal=True) or self.holder(found.digest) is not None
 
+    async def disk_is_asked(self) -> None:
+        """Return when the disk has been asked for everything that is on its way."""
+        while (begun := next((each for each in self._reading.values() if not each.is_set()), None)) is not None:
+            await begun.wait()
+
     async def bring(self, found: Object, heal: bool) -> bool:
         """The copying of a promotion, and its end. False: memory has no room, the object is no more, or has a copy by now."""
         ended = self.under_way[found.digest] = trio.Event()
+        begun = self._reading[found.digest] = trio.Event()
+        all_begun = partial(trio.lowlevel.current_trio_token().run_sync_soon, begun.set, idempotent=True)
         self._promotions += 1
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
-            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path, heal))
+            await trio.to_thread.run_sync(partial(self.materialize, self.index.blocks(found.oid), path, heal, all_begun))
             point("promoted")
             return self._place(found, path)
         except BaseException as e:
@@ -233,8 +246,9 @@ class Residency:
                 return False  # memory is fuller than we knew: the reader is served from the extents
             raise
         finally:
-            del self.under_way[found.digest]
+            del self.under_way[found.digest], self._reading[found.digest]
             ended.set()
+            begun.set()
 
     def _place(self, found: Object, path: str) -> bool:
         """Make a file the copy of an object, unless that went meanwhile, or has a copy by now."""

@@ -60,6 +60,10 @@ def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch)
     assert caught.value.errno == errno.ENOSPC and running == [0]
 
 
+def nobody():
+    """Is told that all are begun."""
+
+
 def test_results_come_in_order_whatever_the_lanes_do():
     seen, lock = set(), threading.Lock()
 
@@ -69,10 +73,19 @@ def test_results_come_in_order_whatever_the_lanes_do():
         time.sleep(0.01 * (number % 3))
         return number * number
 
-    assert in_lanes(range(20), slow) == [number * number for number in range(20)]
+    assert in_lanes(range(20), slow, nobody) == [number * number for number in range(20)]
     assert threading.get_ident() in seen and 1 < len(seen) <= LANES
-    assert in_lanes([], slow) == []
-    assert in_lanes([5], lambda number: threading.get_ident()) == [threading.get_ident()]
+    assert in_lanes([], slow, nobody) == []
+    assert in_lanes([5], lambda number: threading.get_ident(), nobody) == [threading.get_ident()]
+
+
+def test_it_is_told_that_all_are_begun_while_the_last_is_under_way():
+    told = threading.Event()
+    assert in_lanes([1, 2, 3], lambda number: number == 1 or told.wait(10), told.set) == [True] * 3
+    for few in ([], [1]):
+        told.clear()
+        in_lanes(few, lambda number: told.is_set(), told.set)
+        assert told.is_set()
 
 
 def test_after_an_error_nothing_is_under_way_and_nothing_more_is_begun():
@@ -89,7 +102,7 @@ def test_after_an_error_nothing_is_under_way_and_nothing_more_is_begun():
             raise OSError(errno.ENOSPC, f"full at {number}")
 
     with pytest.raises(OSError, match="full at 1"):
-        in_lanes(range(50), failing)
+        in_lanes(range(50), failing, nobody)
     assert running == [0] and begun[0] <= 2 * LANES
 
 

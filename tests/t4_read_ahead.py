@@ -57,10 +57,11 @@ async def filled(settings, count, size=BYTES):
 
 async def settled(ahead):
     """Everything that was queued to be read ahead is here or given up."""
-    await trio.testing.wait_all_tasks_blocked()
     with trio.fail_after(20):
+        await trio.testing.wait_all_tasks_blocked()
         while ahead._queue or ahead._residency.under_way:
             await trio.sleep(0.005)
+            await trio.testing.wait_all_tasks_blocked()
 
 
 def told(store):
@@ -130,11 +131,11 @@ async def test_who_asks_for_what_is_on_its_way_waits_for_it(settings, monkeypatc
         begun, go_on = trio.Event(), trio.Event()
         materialize = store.residency.materialize
 
-        def slowly(blocks, path, heal=True):
+        def slowly(blocks, path, heal, all_begun):
             if not heal:
                 trio.from_thread.run_sync(begun.set)
                 trio.from_thread.run(go_on.wait)
-            materialize(blocks, path, heal)
+            materialize(blocks, path, heal, all_begun)
 
         monkeypatch.setattr(store.residency, "materialize", slowly)
         for name in ("r0", "r1"):
@@ -148,6 +149,46 @@ async def test_who_asks_for_what_is_on_its_way_waits_for_it(settings, monkeypatc
         assert store.residency.cold_reads == 3 and told(store) == {"fetched": 1, "used": 1, "wasted": 0}
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_the_next_begins_when_the_disk_was_asked_for_all_of_the_one_before(settings, monkeypatch, is_told):
+    contents = await filled(settings, 5)
+    async with opened(settings) as store:
+        ahead, come, go_on = [], trio.Event(), trio.Event()
+        materialize = store.residency.materialize
+
+        def last_copying(blocks, path, heal, all_begun):
+            ahead.append(path)
+            materialize(blocks, path, heal, all_begun if is_told else lambda: None)
+            if not heal:
+                trio.from_thread.run_sync(come.set)
+                trio.from_thread.run(go_on.wait)
+
+        for name in ("r0", "r1"):
+            assert await store.get(name) == contents[name]
+            monkeypatch.setattr(store.residency, "materialize", last_copying)
+        await come.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(check, store, "r2", contents["r2"])
+            await trio.sleep(0.2)
+            begun = len(ahead)
+            go_on.set()
+        assert begun == (3 if is_told else 2)  # r1, r2, and r3 before r2 is here
+        await settled(store.files.read_ahead)
+        assert told(store) == {"fetched": 2, "used": 1, "wasted": 0}
+        assert list(store.files.read_ahead.unused.values()) == [BYTES]
+
+
+async def test_what_is_on_its_way_counts_as_unused_until_somebody_waits_for_it(settings):
+    await filled(settings, 2)
+    async with opened(settings) as store:
+        ahead, found = store.files.read_ahead, store.index.find_oid(store.find("r0").oid)
+        assert ahead._wanted(found.oid) == found
+        ahead._unmet[b"another"] = int(store.residency.memory.capacity_bytes * AHEAD) - BYTES + 1
+        assert ahead._wanted(found.oid) is None
+        ahead.asked(Object(0, b"another", 1, True))
+        assert ahead._wanted(found.oid) == found
+
+
 async def check(store, name, data):
     assert await store.get(name) == data
 
@@ -159,11 +200,11 @@ async def test_a_file_that_goes_while_it_is_read_ahead_leaves_nothing(settings, 
         begun, go_on = trio.Event(), trio.Event()
         materialize = store.residency.materialize
 
-        def slowly(blocks, path, heal=True):
+        def slowly(blocks, path, heal, all_begun):
             if not heal:
                 trio.from_thread.run_sync(begun.set)
                 trio.from_thread.run(go_on.wait)
-            materialize(blocks, path, heal)
+            materialize(blocks, path, heal, all_begun)
 
         monkeypatch.setattr(store.residency, "materialize", slowly)
         for name in ("r0", "r1"):

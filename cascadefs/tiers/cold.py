@@ -36,6 +36,8 @@ from cascadefs.tiers.flight import Buffers, Writes, page_buffer
 from cascadefs.types import Location
 
 LUSTRE_MAGIC = 0x0BD00BD0
+Turn = contextlib.AbstractContextManager[object, bool | None]  # a lock
+AT_ONCE: Turn = contextlib.nullcontext()
 WRITE_BYTES = 8 * MIB  # two blocks a write: larger gained nothing on ext4, smaller loses on Lustre
 
 
@@ -191,20 +193,12 @@ class ColdTier:
             buffer.close()
             raise
 
-    def read_into(self, buffer: mmap.mmap, at: Location, fingerprint: bytes, kind: bytes = BLOCK) -> memoryview:
-        """View of the payload, verified, in a buffer of at least record_bytes(at.length)."""
-        wanted = record_bytes(at.length)
-        try:
-            fd = media.open_direct(self.path(at.extent), os.O_RDONLY)
-        except FileNotFoundError:  # reported like any other loss: the record is not there
-            raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged") from None
-        try:
-            with memoryview(buffer) as view, view[:wanted] as part:
-                got = media.read_fully(fd, part, at.offset)
-        finally:
-            os.close(fd)
-        if got < wanted:
-            raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
+    def read_into(
+        self, buffer: mmap.mmap, at: Location, fingerprint: bytes, kind: bytes = BLOCK, turn: Turn = AT_ONCE
+    ) -> memoryview:
+        """View of the payload, verified, in a buffer of at least record_bytes(at.length). `turn` is held while it is on its way
+        from the disk, and not while it is checked."""
+        self._fetch(buffer, at, turn)
         header = decode_record_header(buffer[:HEADER_BYTES])
         payload = memoryview(buffer)[HEADER_BYTES : HEADER_BYTES + at.length]
         expected = RecordHeader(fingerprint, at.length, at.offset, kind)
@@ -212,6 +206,21 @@ class ColdTier:
             return payload
         payload.release()
         raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged")
+
+    def _fetch(self, buffer: mmap.mmap, at: Location, turn: Turn) -> None:
+        """The bytes of a record, whatever they are."""
+        wanted = record_bytes(at.length)
+        try:
+            fd = media.open_direct(self.path(at.extent), os.O_RDONLY)
+        except FileNotFoundError:  # reported like any other loss: the record is not there
+            raise CorruptRecord(f"record {at.extent}:{at.offset} is damaged") from None
+        try:
+            with memoryview(buffer) as view, view[:wanted] as part, turn:
+                got = media.read_fully(fd, part, at.offset)
+        finally:
+            os.close(fd)
+        if got < wanted:
+            raise CorruptRecord(f"extent {at.extent} ends at {at.offset + got}")
 
     def punch(self, dead: Iterable[Location]) -> None:
         """Give the space of dead records back to the filesystem, where it can: neighbours in one hole, for each hole costs the

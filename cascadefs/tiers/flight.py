@@ -18,13 +18,13 @@ from typing import TypeVar
 
 from cascadefs import media
 from cascadefs.config import MIB
-from cascadefs.record import ALIGN
 
 DEPTH = 2  # one on the disk, one in the queue behind it; a third gained nothing
-LANES = 2  # one piece on the disk while the other is checked and copied; a third gained nothing
-KEPT_BYTES = 8 * MIB + 16 * ALIGN  # one write of cold.py
+AT_DISK = 2  # more pieces at once come from the disk together, and then it waits until they are copied
+LANES = 3  # two pieces in the disk's queue while the third is checked and copied
+KEPT_BYTES = 10 * MIB  # one write of cold.py, and whole huge pages: else the kernel lets it begin on small ones
 KEPT_FROM_BYTES = MIB
-KEPT = 4  # 33 MiB: what a flush or a promotion needs, and one more
+KEPT = 6  # 60 MiB: what a promotion and the one behind it need
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -103,9 +103,10 @@ def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
         media.write_fully(fd, part, position)
 
 
-def in_lanes(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+def in_lanes(items: Sequence[T], work: Callable[[T], R], all_begun: Callable[[], None]) -> list[R]:
     """`work` of each item, LANES of them at once, begun in order; the results in order. The thread of the caller is a lane, so
-    that one item needs no other. After an error nothing is begun any more; that of the earliest item is raised."""
+    that one item needs no other. After an error nothing is begun any more; that of the earliest item is raised. Each lane that
+    finds nothing left to begin calls `all_begun`."""
     results, failed = dict[int, R](), dict[int, BaseException]()
     left, lock = iter(enumerate(items)), Lock()
 
@@ -114,6 +115,7 @@ def in_lanes(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
             with lock:
                 taken = next(left, None)
             if taken is None:
+                all_begun()
                 return
             try:
                 results[taken[0]] = work(taken[1])
