@@ -5,12 +5,14 @@ index.py), and when a snapshot is worth its size. Reads rows only. Invariants:
 (1) What a manifest takes is given back when it could not be written: nothing is forgotten while the process lives.
 (2) After a process that did not close the store, what had changed is not known: then the next snapshot tells everything.
 (3) A file is told with content that is durable once the manifest is; without any it is not told yet.
-(4) Rows are read in pages with a turn of the scheduler between them; what changes meanwhile is in the next manifest.
+(4) Rows are read in pages with a turn of the scheduler between them, of a snapshot that nobody waits for with a pause; what
+    changes meanwhile is in the next manifest.
 """
 
 import itertools
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,11 @@ from cascadefs.manifest import Listed, Manifest, Told, encode
 from cascadefs.types import EMPTY_OID, Location, Object
 
 PAGE = 256  # inodes read between two turns of the scheduler: about a millisecond
+SLICE, SLICE_PAUSE_S = 32, 0.001  # the same of a snapshot: a few hundred microseconds, then requests have the thread
 # A snapshot costs as much as it is long: it is written when the manifests since the last one have come to twice that.
 SNAPSHOT_AT, GROWTH = 256 << 10, 2
 INLINE_INODES = 16  # a manifest of so many is written down in 50 us; handing it to a thread would cost the control thread more
+PAUSE_S = 5e-5  # of that thread after each few rows: requests that came meanwhile get the GIL
 SNAPSHOT, CLEAN = 1, 2  # bits of manifests.snapshot; CLEAN: nothing changed afterwards, the store was closed
 
 _ROWS = (
@@ -91,20 +95,20 @@ class Journal:
             raise
         return Taken(Manifest(self._index.next_manifest(), False, told, gone, listed), inodes, objects)
 
-    async def everything(self) -> Taken:
-        """A snapshot: every inode with a name, every durable object."""
+    async def everything(self, hurried: Callable[[], bool] = lambda: True) -> Taken:
+        """A snapshot: every inode with a name, every durable object. Slowly unless `hurried`: somebody waits for it."""
         inodes, objects = self._take()
         try:
             told, listed, at = list[Told](), list[Listed](), 0
-            while rows := self._told(f"WHERE i.ino>? ORDER BY i.ino LIMIT {PAGE}", (at,), set()):
+            while rows := self._told(f"WHERE i.ino>? ORDER BY i.ino LIMIT {SLICE}", (at,), set()):
                 told += [row for row in rows if row is not None]
                 at = self._last_ino(at)
-                await trio.lowlevel.checkpoint()
+                await _leave_room(hurried())
             at = 0
-            while oids := self._db.execute(f"SELECT oid FROM objects WHERE oid>? ORDER BY oid LIMIT {PAGE}", (at,)).fetchall():
+            while oids := self._db.execute(f"SELECT oid FROM objects WHERE oid>? ORDER BY oid LIMIT {SLICE}", (at,)).fetchall():
                 listed += self._listed("oid BETWEEN ? AND ?", (oids[0][0], oids[-1][0]), set()).values()
                 at = oids[-1][0]
-                await trio.lowlevel.checkpoint()
+                await _leave_room(hurried())
             dirty = self._db.execute("SELECT oid FROM objects WHERE durable=0")
             self._database.unlisted |= {oid for (oid,) in dirty}
         except BaseException:
@@ -161,7 +165,7 @@ class Journal:
         return [ino for ino in page if ino not in here]
 
     def _last_ino(self, at: int) -> int:
-        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino>? ORDER BY ino LIMIT {PAGE}", (at,)).fetchall()
+        rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino>? ORDER BY ino LIMIT {SLICE}", (at,)).fetchall()
         return int(rows[-1][0]) if rows else at
 
     def _listed(self, where: str, parameters: Sequence[int], ready: set[int]) -> dict[int, Listed]:
@@ -186,9 +190,21 @@ def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes,
     return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs)
 
 
-async def encoded(manifest: Manifest) -> bytes:
-    """The document; a long one is written down in a thread."""
-    return encode(manifest) if len(manifest.inodes) <= INLINE_INODES else await trio.to_thread.run_sync(encode, manifest)
+async def encoded(manifest: Manifest, hurried: Callable[[], bool] = lambda: True) -> bytes:
+    """The document; a long one is written down in a thread, which lets requests run unless `hurried`."""
+    if len(manifest.inodes) <= INLINE_INODES:
+        return encode(manifest)
+
+    def let_requests_run() -> None:
+        if not hurried():
+            time.sleep(PAUSE_S)
+
+    return await trio.to_thread.run_sync(encode, manifest, let_requests_run)
+
+
+async def _leave_room(hurried: bool) -> None:
+    """Between two slices. A request takes several turns of the scheduler: slices without a pause would delay each of them."""
+    await (trio.lowlevel.checkpoint() if hurried else trio.sleep(SLICE_PAUSE_S))
 
 
 async def _turn_after(page: Sequence[int]) -> None:

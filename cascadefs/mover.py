@@ -223,7 +223,7 @@ class Mover:
     async def _append(self, pieces: Sequence[Piece], taken: Taken) -> None:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
-            manifest = await encoded(taken.manifest)
+            manifest = await encoded(taken.manifest, self._is_waited_for)
             parts = list(_parts(pieces, self._round_bytes())) or [[]]
             for part in parts:
                 number, position = await self.extent.tail()
@@ -266,10 +266,14 @@ class Mover:
         """Write what the extents do not tell yet of names and attributes; everything, when it is time for a snapshot."""
         async with self.extent.lock:
             if self.journal.wants_snapshot():
-                await self._append((), await self.journal.everything())
+                await self._append((), await self.journal.everything(self._is_waited_for))
             elif self.journal.has_news():
                 await self._append((), await self.journal.changes(()))
             await self._give_back()
+
+    def _is_waited_for(self) -> bool:
+        """Whether somebody needs the open extent, or everything to be durable, before the holder of its lock is done."""
+        return self.is_awaited or self.extent.lock.statistics().tasks_waiting > 0
 
     async def _set_aside(self, objects: Sequence[Object], why: CorruptRecord) -> None:
         """Some copy did not match its fingerprint. One that was opened for writing meanwhile is no object any more;

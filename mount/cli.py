@@ -179,6 +179,11 @@ def _flush(mountpoint: Path, quiet: bool = False) -> None:
         raise UserError(f"not everything could be flushed: {failure[0].strerror}; see cascadefs.log in the store")
 
 
+def pause_after(asking_s: float) -> float:
+    """Until the progress of a flush is asked for again: with very many files the answer costs more than what it tells of."""
+    return max(0.2, 10 * asking_s)
+
+
 def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -194,10 +199,12 @@ def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
         total = _stats(mountpoint)["pending_bytes"]
         task = progress.add_task("flush", total=total)
         while thread.is_alive():
+            asked = time.monotonic()
             pending = _stats(mountpoint)["pending_bytes"]
+            asking_s = time.monotonic() - asked
             total = max(total, pending)
             progress.update(task, total=total, completed=total - pending)
-            thread.join(0.2)
+            thread.join(pause_after(asking_s))
 
 
 @main.command()

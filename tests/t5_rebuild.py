@@ -4,9 +4,10 @@ import os
 import stat
 
 import pytest
+import trio
 from stores import flip, opened, wipe_memory
 
-from cascadefs import fsck
+from cascadefs import fsck, journal
 from cascadefs.config import MIB, Settings
 from cascadefs.manifest import Listed, Manifest, Told, decode, encode
 from cascadefs.namespace import ROOT
@@ -182,6 +183,38 @@ async def test_the_old_index_is_kept_and_dead_manifests_hold_no_extent(settings)
         await store.flush()
         await store.flush()
         assert store.index.totals()["extents"] <= 2
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+async def test_a_snapshot_leaves_turns_to_requests(settings, hurried):
+    turns, done = 0, False
+
+    async def requests():
+        nonlocal turns
+        while not done:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with opened(settings) as store, trio.open_nursery() as nursery:
+        for number in range(4 * journal.SLICE):
+            store.namespace.make(ROOT, b"%d" % number, stat.S_IFREG | 0o600, 0, 0)
+        nursery.start_soon(requests)
+        start = trio.current_time()
+        taken = await store.mover.journal.everything(lambda: hurried)
+        spent, done = trio.current_time() - start, True
+    assert len(taken.manifest.inodes) > 4 * journal.SLICE  # and the root
+    assert turns >= 4
+    assert hurried or spent >= 4 * journal.SLICE_PAUSE_S
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+async def test_a_long_manifest_is_written_down_with_pauses(monkeypatch, hurried):
+    pauses = []
+    monkeypatch.setattr(journal.time, "sleep", pauses.append)
+    told = [Told(ino, 0o100644, 1, 2, 0, 3, 4, 5, None, None, [(1, b"%d" % ino)]) for ino in range(2, 202)]
+    manifest = Manifest(7, True, told, [], [])
+    assert decode(await journal.encoded(manifest, lambda: hurried)) == manifest
+    assert not pauses if hurried else len(pauses) >= 10
 
 
 def test_a_manifest_is_read_back_and_a_cut_one_is_refused():

@@ -12,7 +12,7 @@ import pytest
 from conftest import cascadefs
 
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
-from cascadefs.mount.cli import is_running
+from cascadefs.mount.cli import is_running, pause_after
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -35,6 +35,11 @@ def write_many(folder, count, size):
 def verify(folder, written):
     for name, digest in written.items():
         assert hashlib.sha256((folder / name).read_bytes()).digest() == digest, name
+
+
+def test_progress_is_asked_for_a_tenth_of_the_time_at_most():
+    assert pause_after(0.001) == pytest.approx(0.2)
+    assert pause_after(3.0) >= 9 * 3.0
 
 
 def test_fifty_names_cost_one_copy_and_change_alone(mount):
