@@ -2,7 +2,7 @@
 
 Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes the rest. Invariants:
 (1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there
-    any more at the end is left for sealing. So is what must be compared with the bytes of others, and what has holes.
+    any more at the end, or again for another pass, is left for sealing. So is what must be compared with the bytes of others, and what has holes.
 (2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record.
     What nothing needed in the end is dead.
 """
@@ -48,16 +48,16 @@ class Straight:
                 self._let_go(opened, outcome)
 
     def _opened(self, inos: Sequence[int]) -> Iterator[Staged]:
-        """Those that are staged, have no writer and no holes."""
+        """Those that are staged and have no writer; busy: those that have holes, or may have writers yet."""
         files = self._files
         found = files.bulk.staged(inos)
         for ino in inos:
             live = files.of(ino)
-            if ino not in found or live.writers or live.is_locked:
+            if ino not in found or live.writers or live.is_locked or ino in files.unchanged:
                 files.forget_if_gone(ino)
                 continue
             one = Staged(live, files.residency.tier_of(found[ino].home), self._sealer.domain(found[ino]))
-            files.unchanged.add(ino)
+            files.unchanged[ino] = one
             try:
                 self._sealer.examiner.open(one)
                 one.is_busy |= os.fstat(one.fd).st_blocks * 512 < one.size_bytes
@@ -68,7 +68,8 @@ class Straight:
     def _let_go(self, opened: list[Staged], outcome: Outcome) -> None:
         for one in opened:
             one.close()
-            self._files.unchanged.discard(one.ino)
+            if self._files.unchanged.get(one.ino) is one:
+                del self._files.unchanged[one.ino]
             if one.ino in outcome.sealed:
                 self._files.to_seal.pop(one.ino, None)
             self._files.forget_if_gone(one.ino)
@@ -135,5 +136,5 @@ class Straight:
         staged = self._files.bulk.staged([one.ino for one, _ in batch])
         for one, subject in batch:
             one.live, one.prints = self._files.of(one.ino), subject.prints
-            if one.ino in self._files.unchanged and one.ino in staged and not one.live.is_locked:
+            if self._files.unchanged.get(one.ino) is one and one.ino in staged and not one.live.is_locked:
                 yield one

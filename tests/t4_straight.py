@@ -221,6 +221,21 @@ async def test_a_file_that_somebody_else_seals_is_left_to_them(slow_seal, meanwh
     await all_back(slow_seal, {"f": data})
 
 
+async def test_a_second_flush_does_not_vouch_for_what_the_first_has_read(slow_seal, meanwhile):
+    async with opened(slow_seal) as store, trio.open_nursery() as nursery:
+        await store.put("f", before := os.urandom(9000))
+
+        async def write_and_flush_again():
+            await rewrite(store, "f", b"new")
+            nursery.start_soon(store.flush)
+            while not store.files.unchanged:
+                await trio.sleep(0.001)
+
+        meanwhile(write_and_flush_again)
+        await store.flush()
+    await all_back(slow_seal, {"f": b"new" + before[3:]})
+
+
 async def test_many_passes(slow_seal, monkeypatch):
     monkeypatch.setattr(cascadefs.straight, "FILES", 7)
     contents = {f"f{i}": os.urandom(20_000) for i in range(40)}
