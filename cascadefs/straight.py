@@ -2,7 +2,8 @@
 
 Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes the rest. Invariants:
 (1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there
-    any more at the end, or again for another pass, is left for sealing. So is what must be compared with the bytes of others, and what has holes.
+    any more at the end, or again for another pass, is left for sealing. So is what must be compared with the bytes of others,
+    and what has holes.
 (2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record.
     What nothing needed in the end is dead.
 """
