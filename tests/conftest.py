@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import faults
@@ -39,6 +40,12 @@ def settings(tmp_path):
     found = Settings(store=tmp_path / "store", shm_dir=tmp_path / "shm", shm_size=64 * MIB, seal_delay=0.0)
     yield found
     unmount_memory(found)
+
+
+@pytest.fixture
+def slow_seal(settings):
+    """The same; nothing is sealed by itself."""
+    return replace(settings, seal_delay=60.0)
 
 
 @pytest.fixture(scope="session")

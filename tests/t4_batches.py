@@ -23,12 +23,6 @@ from cascadefs.types import Location
 KIB = 1024
 
 
-@pytest.fixture
-def slow_seal(settings):
-    """Nothing is sealed by itself."""
-    return replace(settings, seal_delay=60.0)
-
-
 @contextmanager
 def written(store, name, data):
     """A new file that is still open for writing: its inode's number."""

@@ -125,19 +125,25 @@ async def test_two_readers_are_followed_at_once(settings):
         assert store.residency.misses == 4 and told(store)["used"] == 2
 
 
+def held_up(store, monkeypatch):
+    """What is read ahead waits on its way: (set when it has begun, what it waits for)."""
+    begun, go_on = trio.Event(), trio.Event()
+    materialize = store.residency.materialize
+
+    def slowly(blocks, path, heal, all_begun):
+        if not heal:
+            trio.from_thread.run_sync(begun.set)
+            trio.from_thread.run(go_on.wait)
+        materialize(blocks, path, heal, all_begun)
+
+    monkeypatch.setattr(store.residency, "materialize", slowly)
+    return begun, go_on
+
+
 async def test_who_asks_for_what_is_on_its_way_waits_for_it(settings, monkeypatch):
     contents = await filled(settings, 3)
     async with opened(settings) as store:
-        begun, go_on = trio.Event(), trio.Event()
-        materialize = store.residency.materialize
-
-        def slowly(blocks, path, heal, all_begun):
-            if not heal:
-                trio.from_thread.run_sync(begun.set)
-                trio.from_thread.run(go_on.wait)
-            materialize(blocks, path, heal, all_begun)
-
-        monkeypatch.setattr(store.residency, "materialize", slowly)
+        begun, go_on = held_up(store, monkeypatch)
         for name in ("r0", "r1"):
             assert await store.get(name) == contents[name]
         await begun.wait()
@@ -197,16 +203,7 @@ async def check(store, name, data):
 async def test_a_file_that_goes_while_it_is_read_ahead_leaves_nothing(settings, monkeypatch, change):
     contents = await filled(settings, 4)
     async with opened(settings) as store:
-        begun, go_on = trio.Event(), trio.Event()
-        materialize = store.residency.materialize
-
-        def slowly(blocks, path, heal, all_begun):
-            if not heal:
-                trio.from_thread.run_sync(begun.set)
-                trio.from_thread.run(go_on.wait)
-            materialize(blocks, path, heal, all_begun)
-
-        monkeypatch.setattr(store.residency, "materialize", slowly)
+        begun, go_on = held_up(store, monkeypatch)
         for name in ("r0", "r1"):
             await store.get(name)
         await begun.wait()

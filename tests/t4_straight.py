@@ -16,12 +16,6 @@ from cascadefs.tiers.capture import Capture
 
 
 @pytest.fixture
-def slow_seal(settings):
-    """Nothing is sealed by itself."""
-    return replace(settings, seal_delay=60.0)
-
-
-@pytest.fixture
 def meanwhile(monkeypatch):
     """`meanwhile(action)`: awaited when the bytes of the next pass are on the disk, before it is committed; once."""
 
