@@ -52,7 +52,7 @@ class Files:
         self.maps_unseen = False  # whether mappings outlive their handles unseen, as they do in passthrough
         self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
         self.readers_unknown = False  # a kernel may map files that were opened in an earlier worker's time
-        self.unchanged: dict[int, object] = {}  # staged inodes that somebody reads, and who: a change takes them out
+        self.unchanged: set[int] = set()  # staged inodes that straight.py reads: whoever may change one takes it out
         self.last_use = 0.0  # time.monotonic() of the last open or close
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
@@ -83,7 +83,7 @@ class Files:
         await live.acquire()
         try:
             if writable or truncate:
-                self.unchanged.pop(ino, None)
+                self.unchanged.discard(ino)
             inode = self.namespace.get(ino)
             if not inode.home and (writable or truncate):
                 await self._stage(live, inode, 0 if truncate else None)
@@ -397,7 +397,7 @@ class Files:
         live = self.of(ino)
         try:
             async with live.lock:
-                self.unchanged.pop(ino, None)
+                self.unchanged.discard(ino)
                 inode = self.attributes(ino)
                 if inode.home:
                     media.truncate(self.staged_path(inode), size_bytes, by_handle)

@@ -2,8 +2,8 @@
 
 Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes the rest. Invariants:
 (1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there
-    any more at the end, or again for another pass, is left for sealing. So is what must be compared with the bytes of others,
-    and what has holes.
+    any more at the end is left for sealing. So is what must be compared with the bytes of others, and what has holes. One run
+    at a time: a second would put in again what a writer took out, and read what the first has read.
 (2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record.
     What nothing needed in the end is dead.
 """
@@ -31,22 +31,27 @@ class Straight:
 
     def __init__(self, files: Files, sealer: Sealer, extent: OpenExtent) -> None:
         self._files, self._sealer, self._extent = files, sealer, extent
+        self._turn = trio.Lock()
 
     async def run(self, inos: Sequence[int], limit_bytes: int, outcome: Outcome) -> None:
         """Make durable what can be, some `limit_bytes` at a time; `outcome.sealed` tells which. The index is not synced yet."""
-        for at in range(0, len(inos), FILES):
-            opened, total = list[Staged](), 0
-            try:
-                for one in self._opened(inos[at : at + FILES]):
-                    opened.append(one)
-                    total += one.size_bytes
-                    if total >= limit_bytes:
-                        await self._pass(opened, outcome)
-                        self._let_go(opened, outcome)
-                        total = 0
-                await self._pass(opened, outcome)
-            finally:
-                self._let_go(opened, outcome)
+        async with self._turn:
+            for at in range(0, len(inos), FILES):
+                await self._run_some(inos[at : at + FILES], limit_bytes, outcome)
+
+    async def _run_some(self, inos: Sequence[int], limit_bytes: int, outcome: Outcome) -> None:
+        opened, total = list[Staged](), 0
+        try:
+            for one in self._opened(inos):
+                opened.append(one)
+                total += one.size_bytes
+                if total >= limit_bytes:
+                    await self._pass(opened, outcome)
+                    self._let_go(opened, outcome)
+                    total = 0
+            await self._pass(opened, outcome)
+        finally:
+            self._let_go(opened, outcome)
 
     def _opened(self, inos: Sequence[int]) -> Iterator[Staged]:
         """Those that are staged and have no writer; busy: those that have holes, or may have writers yet."""
@@ -54,11 +59,11 @@ class Straight:
         found = files.bulk.staged(inos)
         for ino in inos:
             live = files.of(ino)
-            if ino not in found or live.writers or live.is_locked or ino in files.unchanged:
+            if ino not in found or live.writers or live.is_locked:
                 files.forget_if_gone(ino)
                 continue
             one = Staged(live, files.residency.tier_of(found[ino].home), self._sealer.domain(found[ino]))
-            files.unchanged[ino] = one
+            files.unchanged.add(ino)
             try:
                 self._sealer.examiner.open(one)
                 one.is_busy |= os.fstat(one.fd).st_blocks * 512 < one.size_bytes
@@ -69,8 +74,7 @@ class Straight:
     def _let_go(self, opened: list[Staged], outcome: Outcome) -> None:
         for one in opened:
             one.close()
-            if self._files.unchanged.get(one.ino) is one:
-                del self._files.unchanged[one.ino]
+            self._files.unchanged.discard(one.ino)
             if one.ino in outcome.sealed:
                 self._files.to_seal.pop(one.ino, None)
             self._files.forget_if_gone(one.ino)
@@ -137,5 +141,5 @@ class Straight:
         staged = self._files.bulk.staged([one.ino for one, _ in batch])
         for one, subject in batch:
             one.live, one.prints = self._files.of(one.ino), subject.prints
-            if self._files.unchanged.get(one.ino) is one and one.ino in staged and not one.live.is_locked:
+            if one.ino in self._files.unchanged and one.ino in staged and not one.live.is_locked:
                 yield one
