@@ -324,3 +324,22 @@ async def test_a_damaged_block_of_a_stream_hurts_only_who_asks_for_it(settings):
         with pytest.raises(OSError, match="damaged"):
             await store.streams.read(inode.ino, 8 * MIB, 10)
         assert await store.streams.read(inode.ino, 12 * MIB, 6 * MIB) == data[12 * MIB :]
+
+
+async def test_what_is_on_its_way_is_not_begun_again(settings, monkeypatch):
+    """Read-ahead chose an object, and before its task ran somebody opened it: each used to take away the other's event, and
+    whoever waited for that one waited for ever."""
+    contents = await filled(settings, 1)
+    async with opened(settings) as store:
+        begun, go_on = held_up(store, monkeypatch)
+        residency, found = store.residency, store.index.object(store.find("r0").oid)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(residency.bring, found, False)
+                await begun.wait()
+                assert not await residency.bring(found, False)
+                nursery.start_soon(check, store, "r0", contents["r0"])
+                await trio.sleep(0.01)
+                assert found.digest in residency.under_way
+                go_on.set()
+        assert not residency.under_way
