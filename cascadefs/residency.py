@@ -229,8 +229,8 @@ class Residency:
             await begun.wait()
 
     async def bring(self, found: Object, heal: bool) -> bool:
-        """The copying of a promotion, and its end. False: memory has no room, the object is no more, has a copy by now, or is on
-        its way already: two at once would each take away what the other's waiters wait for."""
+        """The copying of a promotion, and its end. False: memory has no room, the object is no more, has a copy by now, or is
+        on its way already: two at once would each take away what the other's waiters wait for."""
         if found.digest in self.under_way:
             return False
         ended = self.under_way[found.digest] = trio.Event()
