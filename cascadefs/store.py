@@ -96,6 +96,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
+        self.residency.tidy_later()
         self.mover.journal.close()
         self.ring.close()
         self.database.close()
