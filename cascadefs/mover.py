@@ -397,8 +397,11 @@ class Mover:
         while self._has_dirty(last) or self.extent.placed:
             await self.flush_batch(())
         for ino in busy:
-            if self.files.namespace.find(ino) is not None:
+            try:
                 await self.fsync(ino)
+            except OSError:
+                if self.files.namespace.find(ino) is not None:
+                    raise  # else it went meanwhile, and nothing of it has to be durable
         await self.tell()
         await self.sync_index()
         if left := len(self.unflushable | self._put_off_until.keys()):

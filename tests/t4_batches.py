@@ -237,3 +237,24 @@ async def test_no_statement_looks_at_all_that_is_there(slow_seal, way):
             await store.put(f"f{number}", os.urandom(5000))
         await store.flush()
         assert 10 < await steps("many") < 2 * few
+
+
+async def test_a_file_that_is_cut_while_it_is_compared_is_durable_as_it_was_read(slow_seal, monkeypatch):
+    equal = hashing.equal
+    async with opened(slow_seal) as store:
+        await store.put("old", data := os.urandom(20_000))
+        await store.flush()
+        with written(store, "f", data) as ino:
+            path = store.files.staged_path(store.namespace.get(ino))
+
+            def cut_and_compare(*arguments):
+                os.truncate(path, 10)
+                return equal(*arguments)
+
+            monkeypatch.setattr(hashing, "equal", cut_and_compare)
+            await store.mover.fsync(ino)
+            monkeypatch.setattr(hashing, "equal", equal)
+        assert await store.get("old") == data
+        await store.flush()
+        assert await store.get("f") == data[:10]
+    assert recount(slow_seal.store, memory_of(slow_seal)[0]) == []
