@@ -3,7 +3,7 @@
 Owns: the sequences that openers follow, the queue, what came ahead unused. scheduler.py decides, residency.py moves the bytes.
 Objects are in the order in which they were sealed, which is that of their places in the extents. Invariants:
 (1) One object is read ahead at a time, and it begins only when the disk has been asked for all that is on its way: the
-last pieces of the one before are checked and copied meanwhile.
+    last pieces of the one before are checked and copied meanwhile.
 (2) Nothing is evicted for it, and nothing that goes wrong with it is told to anybody: whoever asks for that object finds out.
 (3) `unused` holds exactly the copies in memory that came ahead and that nobody has asked for since; digest -> bytes.
 """
@@ -88,8 +88,10 @@ class ReadAhead:
         came = False
         try:
             came = await self._residency.bring(found, heal=False)
-        except Exception as e:  # of a medium, or a fault of ours: the mount must not end for it
+        except OSError as e:  # whoever asks for it finds out
             log.debug("object %d was not read ahead: %r", found.oid, e)
+        except Exception:  # a fault of ours: the mount must not end for it, and it must not stay unseen
+            log.exception("object %d was not read ahead", found.oid)
         unmet_bytes = self._unmet.pop(found.digest, None)
         self.fetched += came
         if came and unmet_bytes is None:

@@ -4,14 +4,14 @@ Owns: the two file tiers, the policy, the set of clean copies. Knows objects, no
 (1) `clean` holds exactly the copies in memory whose object is durable in the cold tier: only they may be evicted.
 (2) A copy that somebody has open is not dropped: its memory would not come back, and its next open would find nothing.
 (3) The bytes that promote() puts into memory were verified block by block.
-(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice. `_reading` has the same, each
-with whether the disk has been asked for all of it: then the next may begin, and the disk does not wait for the last copying.
+(4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice.
 """
 
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from threading import Semaphore
@@ -37,6 +37,15 @@ from cascadefs.types import Block, Home, Object
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
+@dataclass(eq=False, slots=True)
+class Promotion:
+    """An object on its way to memory. `asked` is set when the disk has been asked for all of it: the next may begin, so that
+    the disk does not wait for the last copying. `ended`, when it has ended, well or not."""
+
+    asked: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
 def nobody_holds() -> None:
     """Without a mount."""
 
@@ -58,8 +67,7 @@ class Residency:
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
         self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
-        self.under_way: dict[bytes, trio.Event] = {}  # set when that promotion has ended, well or not
-        self._reading: dict[bytes, trio.Event] = {}
+        self.under_way: dict[bytes, Promotion] = {}
         self._promotions = 0
         self._opened_before: set[bytes] = set()
 
@@ -214,8 +222,8 @@ class Residency:
 
     async def promote(self, found: Object) -> bool:
         """Bring a durable object to memory; False when it does not fit. While it is on its way for somebody else, wait."""
-        while (ended := self.under_way.get(found.digest)) is not None:
-            await ended.wait()
+        while (other := self.under_way.get(found.digest)) is not None:
+            await other.ended.wait()
             if self.holder(found.digest) is not None:
                 return True  # else the other one failed, who perhaps needed it less
         if not scheduler.may_promote(self.memory_state(), found.size_bytes):
@@ -225,17 +233,16 @@ class Residency:
 
     async def disk_is_asked(self) -> None:
         """Return when the disk has been asked for everything that is on its way."""
-        while (begun := next((each for each in self._reading.values() if not each.is_set()), None)) is not None:
-            await begun.wait()
+        while (asked := next((each.asked for each in self.under_way.values() if not each.asked.is_set()), None)) is not None:
+            await asked.wait()
 
     async def bring(self, found: Object, heal: bool) -> bool:
         """The copying of a promotion, and its end. False: memory has no room, the object is no more, has a copy by now, or is
         on its way already: two at once would each take away what the other's waiters wait for."""
         if found.digest in self.under_way:
             return False
-        ended = self.under_way[found.digest] = trio.Event()
-        begun = self._reading[found.digest] = trio.Event()
-        all_begun = partial(trio.lowlevel.current_trio_token().run_sync_soon, begun.set, idempotent=True)
+        promotion = self.under_way[found.digest] = Promotion()
+        all_begun = partial(trio.lowlevel.current_trio_token().run_sync_soon, promotion.asked.set, idempotent=True)
         self._promotions += 1
         path = f"{self.memory.object_path(found.digest)}.{self._promotions}"
         try:
@@ -249,9 +256,9 @@ class Residency:
                 return False  # memory is fuller than we knew: the reader is served from the extents
             raise
         finally:
-            del self.under_way[found.digest], self._reading[found.digest]
-            ended.set()
-            begun.set()
+            del self.under_way[found.digest]
+            promotion.ended.set()
+            promotion.asked.set()
 
     def _place(self, found: Object, path: str) -> bool:
         """Make a file the copy of an object, unless that went meanwhile, or has a copy by now."""

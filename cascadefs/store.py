@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,8 @@ class Store:
 
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
-        self.residency.tidy_later()
+        with suppress(OSError):  # copies that stay are dropped by the next opening
+            self.residency.tidy_later()
         self.mover.journal.close()
         self.ring.close()
         self.database.close()
