@@ -93,6 +93,13 @@ class Bulk:
         """Those that name an object."""
         return set(self._index.states(digests))
 
+    def numbers(self, digests: Iterable[bytes]) -> dict[bytes, int]:
+        """Digest -> number, of those that name an object."""
+        found = dict[bytes, int]()
+        for part in _parts(digests):
+            found.update(self._db.execute(f"SELECT digest, oid FROM objects WHERE digest IN ({marks(part)})", part))
+        return found
+
     def blocks_of(self, oids: Sequence[int]) -> dict[int, list[Block]]:
         """The blocks of each object, in order of their place in it."""
         found: dict[int, list[Block]] = {oid: [] for oid in oids}
@@ -264,7 +271,7 @@ class Bulk:
         unique = {content.digest: content for content in contents}
         known = self.known(list(unique))
         self._add([content for digest, content in unique.items() if digest not in known], 0)
-        return {digest: found.oid for digest in unique if (found := self._index.find(digest)) is not None}
+        return self.numbers(unique)
 
     def _unplaced(self, bids: Sequence[int]) -> set[int]:
         found = set[int]()

@@ -14,7 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cascadefs.doors import open_private, private_folder, truncate_private
@@ -72,6 +72,28 @@ def write_fully(fd: int, data: Buffer, position: int) -> None:
             if at + put <= done:
                 raise OSError(errno.EIO, "the medium takes no more bytes and gives no reason")
             done = at + put
+
+
+def read_whole(fd: int, buffers: Iterable[Buffer]) -> int:
+    """Fill writable buffers of bytes, one behind the other, from the beginning; how many bytes there were."""
+    done = 0
+    for buffer in buffers:
+        got = read_fully(fd, buffer, done)
+        done += got
+        if got < len(memoryview(buffer)):
+            break
+    return done
+
+
+def write_whole(path: str, parts: Iterable[Buffer]) -> None:
+    """Write buffers of bytes, one behind the other, into a file that is there and empty."""
+    fd, done = open_file(path, os.O_RDWR), 0
+    try:
+        for part in parts:
+            write_fully(fd, part, done)
+            done += len(memoryview(part))
+    finally:
+        os.close(fd)
 
 
 def truncate(file: int | Path | str, size_bytes: int, by_handle: bool = True) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from cascadefs.database import Database
 from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
-from cascadefs.live import Sources
+from cascadefs.live import Handle, Sources
 from cascadefs.mover import Mover
 from cascadefs.name_ring import NameRing
 from cascadefs.namespace import ROOT
@@ -124,6 +123,15 @@ class Store:
 
     async def put(self, path: str, data: bytes) -> None:
         """Write a whole file; its folder must exist. Replaces what was there, for readers at once."""
+        handle, staged = await self.open_empty(path)
+        try:
+            await trio.to_thread.run_sync(media.write_whole, staged, (data,))
+        finally:
+            self.files.release(handle)
+
+    async def open_empty(self, path: str) -> tuple[Handle, str]:
+        """A file with no bytes at `path`, made or emptied; its folder must exist. The bytes are to be written to the second,
+        a path of this machine, until the handle is given to `files.release`."""
         folder, _, name = path.strip("/").rpartition("/")
         parent = self.find(folder).ino if folder else ROOT
         known = self.namespace.lookup(parent, os.fsencode(name))
@@ -131,13 +139,10 @@ class Store:
             home = self.residency.home_for_new()
             mode = stat.S_IFREG | 0o644
             make = partial(self.namespace.make, parent, os.fsencode(name), mode, os.getuid(), os.getgid(), home=home)
-            known, handle = self.files.create(make)
+            _, handle = self.files.create(make)
         else:
             handle = await self.files.open(known.ino, writable=True, truncate=True)
-        try:
-            await trio.to_thread.run_sync(_write, self.files.staged_path(self.namespace.get(known.ino)), data)
-        finally:
-            self.files.release(handle)
+        return handle, self.files.staged_path(self.namespace.get(handle.ino))
 
     async def get(self, path: str) -> bytes:
         """The bytes of a whole file."""
@@ -151,20 +156,33 @@ class Store:
     async def get_into(self, path: str, *buffers: memoryview) -> int:
         """Fill writable buffers of bytes, one behind the other, from the beginning of a file; how many bytes there were. They
         may be used again when this returns: also after an error, which leaves them half filled."""
-        inode = self.files.attributes(self.find(path).ino)
-        handle = await self.files.open(inode.ino, writable=False)
+        handle = await self.open_to_read(path)
         try:
             if handle.source is not None:
-                return await trio.to_thread.run_sync(_read_each, handle.source.fd, buffers)
-            done = 0
-            for buffer in buffers:
-                for at in range(0, len(buffer), self.index.block_bytes):
-                    part = await self.streams.read(inode.ino, done, min(self.index.block_bytes, len(buffer) - at))
-                    buffer[at : at + len(part)] = part
-                    done += len(part)
-            return done
+                return await trio.to_thread.run_sync(media.read_whole, handle.source.fd, buffers)
+            return await self.stream_into(handle, *buffers)
         finally:
             self.files.release(handle)
+
+    async def open_to_read(self, path: str) -> Handle:
+        """Its `source`, if it has one, is a file of these bytes; else stream_into(). To be given to `files.release`."""
+        return await self.files.open(self.find(path).ino, writable=False)
+
+    async def stream_into(self, handle: Handle, *buffers: memoryview) -> int:
+        """As get_into(), from the extents."""
+        done = 0
+        for buffer in buffers:
+            for at in range(0, len(buffer), self.index.block_bytes):
+                part = await self.streams.read(handle.ino, done, min(self.index.block_bytes, len(buffer) - at))
+                buffer[at : at + len(part)] = part
+                done += len(part)
+        return done
+
+    def remove(self, path: str) -> None:
+        """Take a name away, and what only it kept; ENOENT, EISDIR."""
+        folder, _, name = path.strip("/").rpartition("/")
+        gone = self.namespace.unlink(self.find(folder).ino if folder else ROOT, os.fsencode(name))
+        self.files.forget_if_gone(gone.ino)
 
     # --- what is known of one file
 
@@ -209,20 +227,3 @@ class Store:
             "extents": sorted({block.location.extent for block in blocks if block.location}),
             "references": len(self.index.inodes_of(found.oid)) if found else 0,
         }
-
-
-def _read_each(fd: int, buffers: Sequence[memoryview]) -> int:
-    done = 0
-    for buffer in buffers:
-        got = media.read_fully(fd, buffer, done)
-        done += got
-        if got < len(buffer):
-            break
-    return done
-
-
-def _write(path: str, data: bytes) -> None:
-    with open(media.open_file(path, os.O_RDWR), "r+b", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]

@@ -122,10 +122,12 @@ class Straight:
     def _commit(self, batch: Sequence[tuple[Staged, Subject]], number: int, end: int, outcome: Outcome) -> None:
         """No await: what is unchanged now is so when the transaction ends."""
         files, places = self._files, {one.ino: subject.places for one, subject in batch}
-        unused = {at for found in places.values() for at in found.values()}
+        shared = {id(found): found for found in places.values()}  # of many files it is one
+        unused = {at for found in shared.values() for at in found.values()}
 
         def place(shown: Sequence[Staged]) -> None:
-            found = {object_.oid: one for one in shown if (object_ := files.index.find(one.digest)) is not None}
+            numbers = files.bulk.numbers([one.digest for one in shown])
+            found = {numbers[one.digest]: one for one in shown if one.digest in numbers}
             placed = files.bulk.place_captured({oid: places[one.ino] for oid, one in found.items()}, number, end)
             files.dead += placed.dead
             unused.difference_update(placed.used)

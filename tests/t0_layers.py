@@ -30,7 +30,8 @@ ORDER = [
     ["mover"],
     ["verifier"],
     ["store"],
-    ["stats", "bench"],
+    ["stats", "library"],
+    ["bench"],
     ["mount"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

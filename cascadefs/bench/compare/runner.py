@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from cascadefs.bench.compare.adapter import Room, Service, Shape, StorageAdapter
-from cascadefs.bench.io import Ballast, Source, rotation
+from cascadefs.bench.io import MIB, Ballast, Source, rotation
 from cascadefs.bench.targets import SHM_FOLDER, LeftOut, Note, Setup, available_bytes, huge_tmpfs, temporary_folder
 
 ANSWER_S = 300  # a phase that takes longer hangs
-TOUCHED = 1.25  # of the data; see Ballast
+TOUCHED, TOUCHED_BYTES = 1.25, 256 * MIB  # of the data, and more: what servers take for themselves; see Ballast
 Systems = Mapping[str, type[StorageAdapter]]
 
 
@@ -169,7 +169,8 @@ class Runner:
 
     def _measure(self, result: Result, seed: int) -> None:
         host, shape = self._host(result.system), result.shape
-        touch = partial(Ballast(self.huge or self.memory, int(TOUCHED * shape.total_bytes)).touch, self._filler)
+        ballast = Ballast(self.huge or self.memory, int(TOUCHED * shape.total_bytes) + TOUCHED_BYTES)
+        touch = partial(ballast.touch, self._filler)
         with self._room() as room, result.system.serve(room, shape) as service:
             try:
                 result.samples.append(_sample(host, result.system, service, shape, seed, touch))

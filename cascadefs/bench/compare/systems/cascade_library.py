@@ -1,69 +1,21 @@
-"""cascadefs as a library: Store.put and Store.get_into without FUSE. A store belongs to one process, so each rank has its own.
-
-Owns: the trio thread in which a store lives, and the way into it. Equal contents are found within a rank only.
-"""
+"""cascadefs as a library (cascadefs/library.py), without FUSE. A store belongs to one process, so each rank has its own; equal
+contents are found within a rank only."""
 
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-
-import trio
 
 from cascadefs.bench.compare.adapter import Pair, Room, Safety, Service, Shape, StorageAdapter, occupied_bytes, register
 from cascadefs.bench.compare.systems.cascade_mount import SPARE_BYTES
 from cascadefs.bench.targets import unmount
 from cascadefs.config import Settings
-from cascadefs.namespace import ROOT
-from cascadefs.store import Store
-
-START_S = 60
-
-
-class StoreThread:
-    """An open store with its tasks, in a trio thread of its own."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._started: Future[tuple[trio.lowlevel.TrioToken, Store]] = Future()
-        self._end: trio.Event
-        self._thread = threading.Thread(target=self._live, args=(settings,), daemon=True)
-        self._thread.start()
-        self.token, self.store = self._started.result(START_S)
-
-    def _live(self, settings: Settings) -> None:
-        try:
-            trio.run(self._main, settings)
-        except BaseException as failure:
-            if self._started.done():
-                raise
-            self._started.set_exception(failure)
-
-    async def _main(self, settings: Settings) -> None:
-        store = Store(settings)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(store.run)
-                self._end = trio.Event()
-                self._started.set_result((trio.lowlevel.current_trio_token(), store))
-                await self._end.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            store.close()
-
-    def close(self, drop_memory: bool) -> None:
-        """After flush()."""
-        if drop_memory:
-            trio.from_thread.run_sync(self.store.release_memory, trio_token=self.token)
-        trio.from_thread.run_sync(self._end.set, trio_token=self.token)
-        self._thread.join()
+from cascadefs.library import Library
 
 
 @register
 class CascadeLibrary(StorageAdapter):
-    """put() wants one buffer: stage() joins keys and values."""
+    """A store for each rank."""
 
     name, title = "cascadefs-library", "cascadefs, library"
     durable, safety = "tmpfs, soon disk", Safety.KERNEL
@@ -89,49 +41,34 @@ class CascadeLibrary(StorageAdapter):
         folder, memory = map(Path, address.split(os.pathsep))
         shm_size = 2 * shape.rank_bytes + SPARE_BYTES
         self.settings = Settings(store=folder / f"rank-{rank}", shm_dir=memory, shm_size=shm_size)
-        self.thread = StoreThread(self.settings)
-        self.staged: dict[str, bytes] = {}
+        self.library = Library(self.settings)
         self.mine: list[str] = []
 
-    def stage(self, block_id: str, key: memoryview, value: memoryview) -> None:
-        self.staged[block_id] = b"".join((key, value))
-
     def put(self, block_id: str, key: memoryview, value: memoryview) -> None:
-        data = self.staged.pop(block_id, None) or b"".join((key, value))
-        trio.from_thread.run(self.thread.store.put, block_id, data, trio_token=self.thread.token)
+        self.library.put(block_id, key, value)
         self.mine.append(block_id)
 
     def get(self, block_id: str, sink: Pair) -> Pair | None:
         try:
-            done = trio.from_thread.run(self.thread.store.get_into, block_id, *sink, trio_token=self.thread.token)
+            done = self.library.get_into(block_id, *sink)
         except FileNotFoundError:
             return None
         return sink if done == sum(map(len, sink)) else None
 
     def contains(self, block_id: str) -> bool:
-        try:
-            trio.from_thread.run_sync(self.thread.store.find, block_id, trio_token=self.thread.token)
-        except FileNotFoundError:
-            return False
-        return True
+        return self.library.contains(block_id)
 
     def flush(self) -> None:
-        trio.from_thread.run(self.thread.store.flush, trio_token=self.thread.token)
+        self.library.flush()
 
     def cool(self) -> None:
-        self.flush()
-        self.thread.close(drop_memory=True)
-        self.thread = StoreThread(self.settings)
-
-    def _unlink(self, block_id: str) -> None:
-        gone = self.thread.store.namespace.unlink(ROOT, block_id.encode())
-        self.thread.store.files.forget_if_gone(gone.ino)
+        self.library.close(drop_memory=True)
+        self.library = Library(self.settings)
 
     def clear(self) -> None:
         for block_id in self.mine:
-            trio.from_thread.run_sync(partial(self._unlink, block_id), trio_token=self.thread.token)
+            self.library.remove(block_id)
         self.mine.clear()
 
     def close(self) -> None:
-        self.flush()
-        self.thread.close(drop_memory=True)
+        self.library.close(drop_memory=True)
