@@ -34,7 +34,9 @@ from cascadefs.tiers.cold import Piece
 from cascadefs.types import Location, Object
 
 log = logging.getLogger(__name__)
-IDLE_S = 0.05  # eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB
+# Eviction keeps head room for writers the kernel does not announce: 50 ms of 20 GB/s is 1 GB. While nothing grows and nothing
+# was opened or closed for a second it looks less often: whoever then begins to write is seen 4 GB later.
+LOOK_S, LOOK_AT_REST_S, RESTS_AFTER_S = 0.05, 0.2, 1.0
 BACKOFF_S, BACKOFF_MAX_S = 0.25, 8.0  # after an error; space that returns is used within the latter
 OBJECTS_PER_ROUND = 2048
 HURRY_BYTES = 32 << 20  # less is written in one round after all is sealed: a sync more would cost what the overlap gains
@@ -126,8 +128,11 @@ class Mover:
         return done > 0
 
     async def _keep_room(self) -> None:
+        used, rests = 0, False
         while True:
             try:
+                before, used = used, self.residency.memory.used_bytes()
+                rests = used == before and time.monotonic() - self.files.last_use > RESTS_AFTER_S
                 self.residency.make_room()
                 self.residency.tidy_later()
                 if self.residency.under_pressure():
@@ -136,7 +141,7 @@ class Mover:
             except Exception:
                 log.exception("eviction or a checkpoint failed")
                 await trio.sleep(BACKOFF_S)
-            await trio.sleep(IDLE_S)
+            await trio.sleep(LOOK_AT_REST_S if rests else LOOK_S)
 
     # --- dirty -> durable
 

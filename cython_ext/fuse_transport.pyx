@@ -16,6 +16,7 @@
 
 from cython_ext.answers_here cimport files_answered, names_answered
 from cython_ext.attribute_table cimport attributes_drop, attributes_put
+from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
 from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
@@ -85,6 +86,7 @@ cdef class Transport:
     cdef Known known
     cdef ReaderThreads readers
     cdef RequestMemory requests
+    cdef Doorbell bell
     cdef uint8_t[::1] event_memory, ring_memory  # kept alive
     cdef uint8_t init_message[INIT_MAX]
     cdef size_t init_size
@@ -108,7 +110,7 @@ cdef class Transport:
         if known_init(&self.known, &self.event_memory[0], &ring[0] if ring is not None else NULL):
             raise MemoryError()
         self.made = True
-        if requests_init(&self.requests):
+        if bell_init(&self.bell) or requests_init(&self.requests):
             raise MemoryError()
         pthread_mutex_init(&self.readers.mutex, NULL)
         self.capabilities = True
@@ -118,6 +120,7 @@ cdef class Transport:
         requests_free(&self.requests)
         if self.made:
             known_free(&self.known)
+            bell_free(&self.bell)
             pthread_mutex_destroy(&self.readers.mutex)
 
     # --- Python's side -------------------------------------------------------------------------------------------
@@ -158,6 +161,20 @@ cdef class Transport:
         with nogil:
             code = readers_stop(&self.readers)
         check(code)
+
+    def arm(self):
+        """A descriptor that is readable after the next request that `came` does not count yet, or ring()."""
+        bell_arm(&self.bell)
+        return self.bell.fd
+
+    def ring(self):
+        """There is something for whoever sleeps since arm(), if somebody does."""
+        bell_ring(&self.bell)
+
+    @property
+    def came(self):
+        """How many requests have come so far and were not malformed."""
+        return self.wire.counters.served + self.wire.counters.forwarded
 
     def set_handle(self, uint64_t fh, *, int fd = -1, int backing_id = 0, uint32_t open_flags = 0, bint served = False,
                    bint writable = False, int64_t size_bytes = -1):
@@ -366,6 +383,7 @@ cdef class Transport:
                     core = core_to_follow(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got, pipe)
                 move_to(&follow, core)
+                bell_ring(&self.bell)
             elif got == 0 or errno == ENODEV:
                 break
             elif errno == EAGAIN:

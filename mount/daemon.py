@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 2 * LARGEST_SPLICED_READ >> 10
 ANSWER_S = 20
 CATCH_UP_S, HURRY_S = 0.01, 0.001
+QUIET_ROUNDS, DOZE_S = 10, 1.0  # without a request; then nothing is looked at for so long, or until one comes
 M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
 PASSTHROUGH_SINCE = (6, 9)
 DIRECT_WRITES_SINCE = (6, 6)  # from here on a direct write drops the pages that readers of the file have cached
@@ -173,8 +174,8 @@ class Daemon:
         report(self.summary())
 
     async def _catch_up(self) -> None:
-        """Releases and forgets that no other request brought along."""
-        hurry = False
+        """Releases and forgets that no other request brought along. A mount that is not used costs nothing."""
+        hurry, quiet, seen = False, 0, self._came()
         while True:
             await trio.sleep(HURRY_S if hurry else CATCH_UP_S)
             hurry = False
@@ -184,6 +185,22 @@ class Daemon:
                 self.operations.answered.grants.give_wanted()
             except Exception:
                 log.exception("a release or forget failed")
+            quiet = 0 if hurry or self.store.files.to_seal or self._came() != seen else quiet + 1
+            seen = self._came()
+            if quiet >= QUIET_ROUNDS:
+                quiet = 0 if await self._doze(seen) else QUIET_ROUNDS - 1
+
+    def _came(self) -> tuple[int, int]:
+        return self.session.transport.came, self.session.transport.events_put()
+
+    async def _doze(self, seen: tuple[int, int]) -> bool:
+        """Until a request comes, somebody rings (grants.py), or a second is over; whether it was not the latter."""
+        bell = self.session.transport.arm()
+        if self._came() != seen:
+            return True
+        with trio.move_on_after(DOZE_S) as slept:
+            await trio.lowlevel.wait_readable(bell)
+        return not slept.cancelled_caught
 
     async def _unmount_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

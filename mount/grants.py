@@ -49,6 +49,7 @@ class Grants:
         """This inode shows an object in memory now; it may get a grant when there is time."""
         if len(self._wanted) < LIMIT:
             self._wanted[ino] = None
+            self.transport.ring()
 
     def give_wanted(self) -> None:
         """Give some of those that are wanted; none, and take all back, when memory is short. None while somebody waits for a
@@ -148,6 +149,7 @@ class Grants:
 
     def _want_memory(self) -> None:
         self._memory_is_short = True
+        self.transport.ring()
 
     @contextmanager
     def held_back(self, ino: int) -> Iterator[None]:

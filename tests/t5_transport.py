@@ -83,6 +83,30 @@ def test_other_requests_and_replies_pass_unchanged(wire):
     assert wire.answered() == (-errno.ENOENT, 9, b"")
 
 
+def rings(bell, seconds):
+    return bool(select.select([bell], [], [], seconds)[0])
+
+
+def test_the_bell_rings_once_for_what_comes_after_it_was_armed(wire):
+    before = wire.transport.came
+    wire.ask(LOOKUP, b"name\0")
+    wire.forwarded()
+    bell = wire.transport.arm()
+    assert wire.transport.came == before + 1  # whoever sees that does not sleep
+    wire.transport.arm()  # what rang in between is forgotten
+    assert not rings(bell, 0.05)
+    for unique in (8, 9):
+        wire.ask(LOOKUP, b"name\0", unique)
+        wire.forwarded()
+    assert rings(bell, TIMEOUT_S)
+    wire.transport.arm()
+    assert not rings(bell, 0.05)
+    wire.transport.ring()
+    assert rings(bell, 0)
+    wire.transport.arm()
+    assert not rings(bell, 0)
+
+
 def test_init_is_told_of_passthrough_only_when_the_kernel_offers_it(wire):
     for offered, expected in (((INIT_EXT | KILLPRIV_V2, PASSTHROUGH2 | MMAP2), True), ((INIT_EXT, 0), False), ((0, 0), False)):
         flags, flags2 = offered

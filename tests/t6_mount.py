@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import cascadefs
@@ -293,6 +295,27 @@ def test_umount_of_a_busy_mount_says_so_and_changes_nothing(mount):
         done = cascadefs("umount", mount.path)
         assert done.returncode == 1 and "cannot unmount" in done.stderr and len(done.stderr.splitlines()) == 1
     assert (mount.path / "f").read_bytes() == b"1"
+
+
+def test_an_unused_mount_sleeps_and_what_is_written_wakes_it(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(os.urandom(MIB))
+    mount.flush()
+    worker, durable = mount.status()["worker_pid"], extent_bytes(mount)
+
+    def times_awake():
+        status = Path(f"/proc/{worker}/status").read_text()
+        return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    time.sleep(2)  # grants are given, and then nothing is left to do
+    before = times_awake()
+    time.sleep(3)
+    assert times_awake() - before < 3 * 25
+    (mount.path / "g").write_bytes(os.urandom(MIB))  # its release is the last that is heard of it
+    end = time.monotonic() + 30
+    while extent_bytes(mount) < durable + MIB:
+        assert time.monotonic() < end, "nothing is sealed while nobody asks"
+        time.sleep(0.1)
 
 
 def test_a_signal_unmounts_and_flushes(mount):
