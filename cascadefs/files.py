@@ -53,7 +53,8 @@ class Files:
         self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
         self.readers_unknown = False  # a kernel may map files that were opened in an earlier worker's time
         self.unchanged: set[int] = set()  # staged inodes that straight.py reads: whoever may change one takes it out
-        self.last_use = 0.0  # time.monotonic() of the last open or close
+        self.last_use = 0.0  # time.monotonic() of the last open or close; see quiet_s()
+        self._memory_used = 0
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
         database.undo.append(self._keep_dead)
@@ -73,6 +74,14 @@ class Files:
     def staged_path(self, inode: Inode) -> str:
         """The file that holds the staged bytes of an inode."""
         return self.residency.tier_of(inode.home).staged_path(inode.ino)
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds since the last open or close, or since a look found more memory used: writers that the kernel serves say
+        nothing between the two."""
+        before, self._memory_used = self._memory_used, self.residency.memory.used_bytes()
+        if self._memory_used > before:
+            self.last_use = now
+        return now - self.last_use
 
     # --- open and release
 

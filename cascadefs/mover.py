@@ -63,6 +63,7 @@ class Mover:
         self.straight = Straight(files, sealer, self.extent)
         self._sync_lock = trio.Lock()
         self._synced = -1  # rows that had changed in this process when the index was synced the last time
+        self._untold = False  # whether something went straight to the extent and no manifest has been written since
         self._event = trio.Event()
         files.wake = self._wake
 
@@ -72,7 +73,7 @@ class Mover:
     async def run(self) -> None:
         """Work until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._forever, self._seal_round)
+            nursery.start_soon(self._forever, self.seal_round)
             nursery.start_soon(self._forever, self._flush_round)
             nursery.start_soon(self._keep_room)
 
@@ -107,12 +108,23 @@ class Mover:
             log.exception("background work failed")
             self.last_error = os_error(errno.EIO, repr(e))
 
-    async def _seal_round(self) -> bool:
-        return await self.sealer.seal_due() > 0
+    async def seal_round(self) -> bool:
+        """Seal some of what is due; whether there was something."""
+        return await self.sealer.seal_due(self._straight_round) > 0
+
+    async def _straight_round(self, inos: Sequence[int], outcome: Outcome) -> None:
+        """While the disk takes nothing files are sealed all the same: equal ones need the memory of one."""
+        if self.health.troubles or not inos:
+            return
+        try:
+            await self.straight.run(inos, self.files.settings.batch_size, outcome)
+        except OSError as e:
+            self._remember(e)
+        self._untold = self._untold or bool(outcome.sealed)
 
     async def _flush_round(self) -> bool:
         now = time.monotonic()
-        quiet, waited = now - self.files.last_use, now - self._last_round
+        quiet, waited = self.files.quiet_s(now), now - self._last_round
         pressed = self._is_hurried or self.residency.under_pressure()
         if not scheduler.background_may_run(quiet, waited, pressed):
             await trio.sleep(scheduler.QUIET_S)
@@ -123,16 +135,16 @@ class Mover:
         self._last_round = time.monotonic()
         if done:
             self.last_error = None
-        elif self.journal.wants_snapshot():
+        elif self._untold or self.journal.wants_snapshot():
+            self._untold = False
             await self.tell()
         return done > 0
 
     async def _keep_room(self) -> None:
-        used, rests = 0, False
+        rests = False
         while True:
             try:
-                before, used = used, self.residency.memory.used_bytes()
-                rests = used == before and time.monotonic() - self.files.last_use > RESTS_AFTER_S
+                rests = self.files.quiet_s(time.monotonic()) > RESTS_AFTER_S
                 self.residency.make_room()
                 self.residency.tidy_later()
                 if self.residency.under_pressure():
@@ -169,9 +181,9 @@ class Mover:
                 for fd in fds:
                     os.close(fd)
             await self._commit(chosen)
+            self.files.delete_leftover()
             if chosen or self.files.dead:
                 await self._give_back()
-            self.files.delete_leftover()
             self.files.database.reserve.fill()
         return len(chosen)
 

@@ -12,8 +12,9 @@ from cascadefs.types import Object
 HIGH, LOW, FULL = 0.80, 0.70, 0.90
 AHEAD = 1 / 8  # of the capacity may hold what was read ahead and nobody has asked for yet
 # Background work competes with the applications for two things they feel: the control thread and memory bandwidth. It waits
-# for a pause in opens and closes, but not for ever.
+# for a pause in opens, closes and growth, but not for ever.
 QUIET_S, PATIENCE_S = 0.03, 5.0
+STRAIGHT_BYTES = 4 << 20  # a block: 2 ms of a fast disk, which the sync does not lengthen much
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,12 @@ def may_seal(pressed: bool, unasked: bool, due_s: float, quiet_s: float) -> bool
     """Whether a closed file is hashed in the background: `due_s` since its time has come, `quiet_s` as above. Not `unasked`:
     only short memory is a reason."""
     return pressed or (unasked and due_s >= 0 and background_may_run(quiet_s, due_s, False))
+
+
+def goes_straight(size_bytes: int) -> bool:
+    """Whether so much, closed and due together, is hashed on its way to the disk. Less is hashed first and written with
+    what comes later: each write to an extent is followed by a sync."""
+    return size_bytes >= STRAIGHT_BYTES
 
 
 def may_promote(state: MemoryState, size_bytes: int) -> bool:

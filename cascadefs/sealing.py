@@ -13,7 +13,7 @@ Owns: the transition staged -> object. Invariants:
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ from cascadefs.ext import hashing
 from cascadefs.files import Files, changed_ns
 from cascadefs.index import digest_of
 from cascadefs.live import Live
-from cascadefs.scheduler import may_seal
+from cascadefs.scheduler import goes_straight, may_seal
 from cascadefs.staged import Examiner, Staged
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Block, Home, Inode, Object, Print
@@ -69,6 +69,9 @@ class Outcome:
     def failed(self, e: OSError) -> None:
         """Remember the first."""
         self.error = self.error or e
+
+
+Straightened = Callable[[Sequence[int], Outcome], Awaitable[None]]
 
 
 class Sealer:
@@ -176,6 +179,9 @@ class Sealer:
             return os.lstat(self.residency.tier_of(inode.home).staged_path(inode.ino)).st_size
         return 0
 
+    def _waiting_bytes(self, inos: Sequence[int]) -> int:
+        return sum(map(self._staged_bytes, self.files.bulk.staged(inos).values()))
+
     def told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
         """(those whose content is new, those whose bytes must be compared with others first)."""
         readable = list[Staged]()
@@ -276,9 +282,17 @@ class Sealer:
         """An object of these fingerprints exists, or comes before it in the batch."""
         try:
             content = await self.content(one.fd, one.size_bytes, one.prints, one.domain)
-            if one.live.source is not None and self.residency.holder(content.digest) is not None:
-                outcome.busy.add(one.ino)  # as in _adopted()
-                return
+        except OSError as e:
+            outcome.failed(e)
+        else:
+            self.show_twin(one, content, outcome)
+
+    def show_twin(self, one: Staged, content: Content, outcome: Outcome) -> None:
+        """No await since `content` was found."""
+        if one.live.source is not None and self.residency.holder(content.digest) is not None:
+            outcome.busy.add(one.ino)  # as in _adopted()
+            return
+        try:
             self._show_object(one.live, one.tier, one.fd, content)
         except OSError as e:
             outcome.failed(e)
@@ -400,21 +414,24 @@ class Sealer:
 
     def due(self, now: float, limit: int) -> list[int]:
         """Inodes whose time to be sealed has come, by the scheduler's rule. At most `limit`."""
-        pressed, quiet = self.residency.under_pressure(), now - self.files.last_use
+        pressed, quiet = self.residency.under_pressure(), self.files.quiet_s(now)
         if not pressed and not self.unasked:
             return []
         waiting = islice(self.files.to_seal.items(), SCANNED)  # the oldest are first
         chosen = (i for i, at in waiting if may_seal(pressed, self.unasked, now - at, quiet))
         return list(islice(chosen, limit))
 
-    async def seal_due(self, limit: int = BATCH_FILES) -> int:
-        """Seal what is due; returns how many. What still has writers is tried again later (a close by a writer, or RETRY_S)."""
+    async def seal_due(self, straight: Straightened, limit: int = BATCH_FILES) -> int:
+        """Seal what is due, as much as `straight` can do by that; returns how many. What still has writers is tried again later
+        (a close by a writer, or RETRY_S)."""
         outcome = Outcome()
         due = self.due(time.monotonic(), limit) if self.files.to_seal else []
         for ino in due:
             del self.files.to_seal[ino]
         try:
-            for batch in self.batches(due):
+            if goes_straight(self._waiting_bytes(due)):
+                await straight(due, outcome)
+            for batch in self.batches([ino for ino in due if ino not in outcome.sealed]):
                 await self.seal_batch(batch, outcome)
         finally:  # also after an error of the medium
             self._try_again(set(due) - outcome.sealed)

@@ -2,8 +2,8 @@
 
 Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes the rest. Invariants:
 (1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there
-    any more at the end is left for sealing. So is what must be compared with the bytes of others, and what has holes. One run
-    at a time: a second would put in again what a writer took out, and read what the first has read.
+    any more at the end is left for sealing. So is what has holes. One run at a time: a second would put in again what a writer
+    took out, and read what the first has read.
 (2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record.
     What nothing needed in the end is dead.
 """
@@ -46,10 +46,10 @@ class Straight:
                 opened.append(one)
                 total += one.size_bytes
                 if total >= limit_bytes:
-                    await self._pass(opened, outcome)
+                    await self._show_twins(await self._pass(opened, outcome), outcome)
                     self._let_go(opened, outcome)
                     total = 0
-            await self._pass(opened, outcome)
+            await self._show_twins(await self._pass(opened, outcome), outcome)
         finally:
             self._let_go(opened, outcome)
 
@@ -80,10 +80,11 @@ class Straight:
             self._files.forget_if_gone(one.ino)
         opened.clear()
 
-    async def _pass(self, opened: Sequence[Staged], outcome: Outcome) -> None:
-        batch = [one for one in opened if not one.is_busy]
+    async def _pass(self, opened: Sequence[Staged], outcome: Outcome) -> list[Staged]:
+        """Returns those whose contents are known: they are to be compared."""
+        batch, twins = [one for one in opened if not one.is_busy], list[Staged]()
         if not batch:
-            return
+            return twins
         await take(self._extent.lock)
         try:
             number, position = await self._extent.tail()
@@ -91,11 +92,12 @@ class Straight:
             end = await self._written(subjects, number, position)
             if end is not None:
                 point("appended")
-                self._commit(list(zip(batch, subjects, strict=True)), number, end, outcome)
+                twins = self._commit(list(zip(batch, subjects, strict=True)), number, end, outcome)
                 if self._files.index.open_extent() == (number, end):
                     await self._extent.seal_if_full(number, end)
         finally:
             self._extent.lock.release()
+        return twins
 
     def _subjects(self, batch: Sequence[Staged]) -> list[Subject]:
         shared: dict[Print, Location] = {}
@@ -119,8 +121,8 @@ class Straight:
         health.worked("cold tier")
         return end
 
-    def _commit(self, batch: Sequence[tuple[Staged, Subject]], number: int, end: int, outcome: Outcome) -> None:
-        """No await: what is unchanged now is so when the transaction ends."""
+    def _commit(self, batch: Sequence[tuple[Staged, Subject]], number: int, end: int, outcome: Outcome) -> list[Staged]:
+        """No await: what is unchanged now is so when the transaction ends. Returns those whose contents are known."""
         files, places = self._files, {one.ino: subject.places for one, subject in batch}
         shared = {id(found): found for found in places.values()}  # of many files it is one
         unused = {at for found in shared.values() for at in found.values()}
@@ -133,15 +135,28 @@ class Straight:
             unused.difference_update(placed.used)
             self._extent.placed.update({found[oid].digest: None for oid in placed.durable})
 
-        fresh, _ = self._sealer.told_apart(list(self._unchanged(batch)), outcome)
+        for one, subject in batch:
+            one.prints = subject.prints
+        fresh, twins = self._sealer.told_apart(list(self._unchanged([one for one, _ in batch])), outcome)
         self._sealer.show_fresh(fresh, outcome, place)
         if files.index.open_extent() == (number, end):  # else the next append begins where this one did
             files.dead += unused
+        return twins
 
-    def _unchanged(self, batch: Sequence[tuple[Staged, Subject]]) -> Iterator[Staged]:
+    async def _show_twins(self, twins: Sequence[Staged], outcome: Outcome) -> None:
+        """Contents that are known, as far as their bytes are those of the object and nobody has changed them meanwhile."""
+        for one in twins:
+            try:
+                content = await self._sealer.content(one.fd, one.size_bytes, one.prints, one.domain)
+            except OSError:
+                continue  # sealing will say why
+            for still in self._unchanged((one,)):
+                self._sealer.show_twin(still, content, outcome)
+
+    def _unchanged(self, batch: Sequence[Staged]) -> Iterator[Staged]:
         """Those that are as they were read. Their running state may be another by now: who closes a file drops it."""
-        staged = self._files.bulk.staged([one.ino for one, _ in batch])
-        for one, subject in batch:
-            one.live, one.prints = self._files.of(one.ino), subject.prints
+        staged = self._files.bulk.staged([one.ino for one in batch])
+        for one in batch:
+            one.live = self._files.of(one.ino)
             if one.ino in self._files.unchanged and one.ino in staged and not one.live.is_locked:
                 yield one

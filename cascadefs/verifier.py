@@ -89,7 +89,7 @@ class Verifier:
         self.state.bytes_done += size_bytes
         await trio.sleep(max(0.0, size_bytes / RATE_BYTES_S - took_s))
         waited = 0.0
-        while not scheduler.background_may_run(time.monotonic() - self.files.last_use, waited, False):
+        while not scheduler.background_may_run(self.files.quiet_s(time.monotonic()), waited, False):
             await trio.sleep(scheduler.QUIET_S)
             waited += scheduler.QUIET_S * 10  # half a second of constant use, then one more block
 

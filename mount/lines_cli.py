@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable, report, targets
+from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable, report, round_trip, targets
 from cascadefs.bench.io import MIB, Measure, Samples
 from cascadefs.bench.lines import Goal
 from cascadefs.bench.targets import CASCADE, DISK, EXAMPLE, HUGE, PORTABLE, UNHASHED
@@ -77,11 +77,15 @@ def run_plan(plan: Plan, repeats: int, json_path: Path | None, store: Path | Non
 
 def _report(plan: Plan, samples: Samples, setup: targets.Setup, json_path: Path | None, notes: Notes, console: Console) -> None:
     units = io.units([*plan.measures, *plan.once])
-    rows, found = report.rows(samples, units), lines.judge(plan.goals, samples, units)
+    rows, found, trip = report.rows(samples, units), lines.judge(plan.goals, samples, units), round_trip.measured()
+    notes.add(str(trip))
     lines.show(console, rows, found, notes.lines)
     if json_path:
-        facts = report.machine(setup.shm_bytes, setup.store_base)
-        write_json(json_path, lines.document(found, rows, facts, plan.method, notes.lines), console)
+        write_json(json_path, lines.document(found, rows, _facts(setup, trip), plan.method, notes.lines), console)
+
+
+def _facts(setup: targets.Setup, trip: round_trip.RoundTrip) -> dict[str, object]:
+    return report.machine(setup.shm_bytes, setup.store_base) | {"round_trip": asdict(trip)}
 
 
 def write_json(path: Path, document: dict[str, object], console: Console) -> None:
@@ -225,7 +229,7 @@ def bench_growth(json_path: Path | None, store: Path | None, up_to: int, file_by
     console.print(lines.table(judged))
     if json_path:
         setup = setup_for(GROWTH_SHM_BYTES, store)
-        document = lines.document(judged, (), report.machine(setup.shm_bytes, setup.store_base), growth.METHOD, notes.lines)
+        document = lines.document(judged, (), _facts(setup, round_trip.measured()), growth.METHOD, notes.lines)
         write_json(json_path, document | {"stages": [asdict(stage) for stage in found]}, console)
 
 

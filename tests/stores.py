@@ -23,6 +23,11 @@ async def opened(settings):
         store.close()
 
 
+def pause(store):
+    """As after a while in which nothing was opened, closed or written: what is closed is due to be sealed."""
+    store.files.last_use, store.files._memory_used = 0.0, 1 << 60
+
+
 def memory_of(settings):
     return [folder for folder in settings.shm_dir.glob("cascadefs-*") if folder.is_dir()]
 

@@ -1,7 +1,9 @@
 """A flush of everything: what nobody writes to goes into the extent in one pass; what changes meanwhile is not taken for what
 it was."""
 
+import errno
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,8 @@ import cascadefs.straight
 from cascadefs.ext import hashing
 from cascadefs.namespace import ROOT
 from cascadefs.tiers.capture import Capture
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -30,6 +34,18 @@ def meanwhile(monkeypatch):
         monkeypatch.setattr(cascadefs.straight, "Capture", Interrupted)
 
     return arrange
+
+
+def counted(monkeypatch):
+    """Lengths of what is read and hashed from here on."""
+    read, once = [], hashing.read_fingerprint
+
+    def count(fd, offset, into, secret):
+        read.append(len(into))
+        return once(fd, offset, into, secret)
+
+    monkeypatch.setattr(hashing, "read_fingerprint", count)
+    return read
 
 
 async def rewrite(store, name, data, truncate=False):
@@ -56,14 +72,7 @@ async def all_back(settings, contents):
 
 @pytest.mark.parametrize("flushes", [1, 3])
 async def test_each_byte_is_read_and_hashed_once(slow_seal, monkeypatch, flushes):
-    read = []
-    once = hashing.read_fingerprint
-
-    def count(fd, offset, into, secret):
-        read.append(len(into))
-        return once(fd, offset, into, secret)
-
-    monkeypatch.setattr(hashing, "read_fingerprint", count)
+    read = counted(monkeypatch)
     contents = {f"f{i}": os.urandom(70_000 + i) for i in range(20)}
     async with opened(slow_seal) as store:
         for name, data in contents.items():
@@ -255,3 +264,108 @@ async def test_a_copy_that_cannot_be_read_is_told_and_stops_nobody(slow_seal):
         unlink(store, "gone")
         await store.flush()
     await all_back(slow_seal, {"f": data})
+
+
+# --- contents that are known
+
+
+async def test_equal_files_are_hashed_once_each_and_kept_once(slow_seal, monkeypatch):
+    data, other = os.urandom(90_000), os.urandom(70_000)
+    async with opened(slow_seal) as store:
+        await store.put("old", data)
+        await store.flush()
+        read = counted(monkeypatch)
+        for name, content in {"a": data, "b": other, "c": other, "d": data}.items():
+            await store.put(name, content)
+        await store.flush()
+        assert sorted(read) == [70_000, 70_000, 90_000, 90_000]
+        assert not store.index.staged_inodes() and not store.index.dirty(1) and not store.files.unchanged
+        assert len({store.find(name).oid for name in "abcd"}) == 2 and len(store.residency.memory.objects) == 2
+    await all_back(slow_seal, {"old": data, "a": data, "b": other, "c": other, "d": data})
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_an_equal_file_that_is_written_to_while_it_is_compared_is_what_it_is_then(slow_seal, monkeypatch, truncate):
+    data = os.urandom(90_000)
+    async with opened(slow_seal) as store:
+        await store.put("old", data)
+        await store.flush()
+        await store.put("a", data)
+        compare = store.sealer._same_bytes
+
+        async def interrupted(*words):
+            monkeypatch.setattr(store.sealer, "_same_bytes", compare)
+            same = await compare(*words)
+            await rewrite(store, "a", b"new", truncate)
+            return same
+
+        monkeypatch.setattr(store.sealer, "_same_bytes", interrupted)
+        await store.flush()
+        changed = b"new" if truncate else b"new" + data[3:]
+        assert await store.get("a") == changed and await store.get("old") == data
+    await all_back(slow_seal, {"old": data, "a": changed})
+
+
+# --- in the background
+
+
+async def background_until(store, done):
+    with trio.fail_after(20):
+        while not done():
+            await trio.sleep(0.02)
+
+
+async def test_large_files_are_hashed_once_in_the_background_and_their_names_told(settings, monkeypatch):
+    contents = {f"f{i}": os.urandom(3 * MIB + i) for i in range(4)}
+    read = counted(monkeypatch)
+    async with opened(replace(settings, seal_delay=0.2)) as store:
+        for name, data in contents.items():
+            await store.put(name, data)
+        await background_until(store, lambda: len(store.residency.clean) == 4 and not store.mover.journal.has_news())
+        assert sorted(read) == sorted(length for data in contents.values() for length in blocks(len(data)))
+        assert not store.index.staged_inodes() and not store.files.unchanged and not store.files.live
+    await all_back(settings, contents)
+
+
+def blocks(size, step=4 * MIB):
+    return [min(step, size - at) for at in range(0, size, step)]
+
+
+async def test_little_is_hashed_first_and_written_with_what_comes_later(settings, monkeypatch):
+    passes = []
+    async with opened(replace(settings, seal_delay=0.0)) as store:
+        monkeypatch.setattr(store.mover.straight, "run", lambda *words: passes.append(words))
+        await store.put("f", data := os.urandom(MIB))
+        await background_until(store, lambda: store.residency.clean)
+        assert not passes and await store.get("f") == data
+
+
+async def test_equal_files_share_memory_also_while_the_disk_takes_nothing(settings, monkeypatch):
+    data = os.urandom(5 * MIB)
+
+    def broken(*words):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(cascadefs.straight.Capture, "run", broken)
+    async with opened(replace(settings, seal_delay=0.2)) as store:
+        monkeypatch.setattr(store.residency.cold, "append", broken)
+        await store.put("a", data)
+        await store.put("b", data)
+        await background_until(store, lambda: not store.index.staged_inodes())
+        assert len(store.residency.memory.objects) == 1 and store.mover.health.troubles
+        monkeypatch.undo()
+        await store.flush()
+        assert not store.mover.health.troubles
+    await all_back(settings, {"a": data, "b": data})
+
+
+async def test_a_writer_that_the_kernel_serves_is_no_quiet_time(slow_seal):
+    async with opened(slow_seal) as store:
+        handle, staged = await store.open_empty("f")
+        await background_until(store, lambda: store.files.quiet_s(time.monotonic()) > 0.3)
+        with open(staged, "wb") as file:
+            before = time.monotonic()
+            file.write(os.urandom(8 * MIB))
+            file.flush()
+            await background_until(store, lambda: store.files.last_use > before)
+        store.files.release(handle)

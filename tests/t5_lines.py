@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable
+from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable, round_trip
 from cascadefs.bench.lines import Goal
 from cascadefs.bench.targets import CASCADE, HUGE
 
@@ -109,3 +109,12 @@ def test_processor_time_of_this_process_grows():
     while hashing.cpu_seconds(os.getpid()) < before + 0.02:
         pass
     assert growth.rss_bytes(os.getpid()) > io.MIB
+
+
+def test_a_round_trip_is_measured_and_leaves_the_caller_where_it_was():
+    cores = os.sched_getaffinity(0)
+    found = round_trip.measured()
+    assert os.sched_getaffinity(0) == cores
+    assert found.one_core_us > 0 and (found.two_cores_us is None) == (len(cores) == 1)
+    assert f"{found.one_core_us:.1f} us on one core" in str(found)
+    assert str(round_trip.RoundTrip(6.25, None)) == "a byte to another process and back takes 6.2 us on one core"

@@ -23,7 +23,7 @@ def test_a_command_measures_all_its_lines(tmp_path, name):
     done = cascadefs("bench", name, *COMMANDS[name], "--json", tmp_path / "out.json", "--store", stores)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "out.json").read_text())
-    assert document["machine"]["cores"] and document["method"]
+    assert document["machine"]["cores"] and document["machine"]["round_trip"]["one_core_us"] > 0 and document["method"]
     measured = [line for line in document["lines"] if line["figure"] is not None]
     assert measured and all(line["met"] in (True, False) or line["reference_figure"] is None for line in measured)
     without_example = [line for line in document["lines"] if "pyfuse3" not in (line["reference"] or "")]

@@ -32,6 +32,7 @@ from cascadefs.types import Home
 from tests.faults.control import DELAY, DISK, FAIL, KINDS, SHORT, TIERS, Control, Fault
 from tests.faults.power import miscounted
 from tests.faults.recorder import BLOCK_BYTES, settings
+from tests.stores import pause
 
 TAKES_SPACE = ("CREATE", "WRITE", "SYNC", "RENAME", "LINK", "MKDIR", "PUNCH", "SEND")
 BYTES = ("READ", "WRITE", "SEND")
@@ -165,7 +166,8 @@ class Visit:
 
     async def rounds(self) -> None:
         """What the background does; it may fail, and must not lose anything."""
-        await self.tried(self.store.sealer.seal_due)
+        pause(self.store)
+        await self.tried(self.store.mover.seal_round)
         await self.tried(lambda: self.store.mover.flush_batch(()))
         self.store.database.tend()
 

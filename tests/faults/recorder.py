@@ -19,13 +19,14 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database, media, reserve
+from cascadefs import database, media, reserve, scheduler
 from cascadefs.config import Settings
 from cascadefs.database import Database
 from cascadefs.mover import Mover
 from cascadefs.namespace import ROOT
 from cascadefs.store import Store
 from cascadefs.types import Home
+from tests.stores import pause
 
 KIB = 1024
 BLOCK_BYTES, EXTENT_BYTES, BATCH_BYTES = 8 * KIB, 96 * KIB, 48 * KIB
@@ -38,7 +39,7 @@ _library = ctypes.CDLL(None)
 
 def settings(base: Path) -> Settings:
     """Of the recording and of every replay."""
-    reserve.RESERVE_BYTES = 64 * KIB
+    reserve.RESERVE_BYTES, scheduler.STRAIGHT_BYTES = 64 * KIB, 16 * KIB
     return Settings(
         store=base / "disk" / "store",
         shm_dir=base / "shm",
@@ -175,7 +176,8 @@ class Recorder:
 
     async def rounds(self, _: str) -> None:
         """What the background does by itself."""
-        await self.store.sealer.seal_due()
+        pause(self.store)
+        await self.store.mover.seal_round()
         await self.store.mover.flush_batch(())
 
     async def restart(self, _: str) -> None:
