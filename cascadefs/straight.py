@@ -2,8 +2,8 @@
 
 Owns: one pass. capture.py moves the bytes, sealing.py makes objects of what was read, the mover flushes the rest. Invariants:
 (1) No lock of an inode is held while bytes move. Whoever may change one takes it out of `Files.unchanged`: what is not there
-    any more at the end is left for sealing. So is what has holes. One run at a time: a second would put in again what a writer
-    took out, and read what the first has read.
+    any more at the end is left for sealing. So is what has holes, or is longer than an extent: rounds keep what they have done.
+    One run at a time: a second would put in again what a writer took out, and read what the first has read.
 (2) Order: records, fdatasync, one transaction: objects, their places, who shows them. Before it no index knows of a record.
     What nothing needed in the end is dead.
 """
@@ -54,7 +54,7 @@ class Straight:
             self._let_go(opened, outcome)
 
     def _opened(self, inos: Sequence[int]) -> Iterator[Staged]:
-        """Those that are staged and have no writer; busy: those that have holes, or may have writers yet."""
+        """Those that are staged and have no writer; busy: those that are too long, have holes, or may have writers yet."""
         files = self._files
         found = files.bulk.staged(inos)
         for ino in inos:
@@ -66,7 +66,7 @@ class Straight:
             files.unchanged.add(ino)
             try:
                 self._sealer.examiner.open(one)
-                one.is_busy |= os.fstat(one.fd).st_blocks * 512 < one.size_bytes
+                one.is_busy |= one.size_bytes > files.settings.extent_size or os.fstat(one.fd).st_blocks * 512 < one.size_bytes
             except OSError:
                 one.is_busy = True  # sealing will say why
             yield one

@@ -266,6 +266,16 @@ async def test_a_copy_that_cannot_be_read_is_told_and_stops_nobody(slow_seal):
     await all_back(slow_seal, {"f": data})
 
 
+async def test_what_is_longer_than_an_extent_goes_in_rounds(slow_seal):
+    settings = replace(slow_seal, extent_size=8 * MIB, batch_size=4 * MIB)
+    async with opened(settings) as store:
+        await store.put("long", data := os.urandom(21 * MIB))
+        await store.flush()
+    sizes = [extent.stat().st_size for extent in (settings.store / "extents").iterdir()]
+    assert len(sizes) == 2 and max(sizes) < 20 * MIB  # a round of a flush is four batches
+    await all_back(settings, {"long": data})
+
+
 # --- contents that are known
 
 

@@ -104,6 +104,9 @@ class Source:
         return first
 
 
+REST_S = 0.2  # what a thread has computed counts half after 32 ms; free memory is taken back after one or two seconds
+
+
 @dataclass(frozen=True)
 class Ballast:
     """Touches the memory that the next measure will take, as a file on a tmpfs, directly before it starts.
@@ -118,10 +121,12 @@ class Ballast:
     size_bytes: int
 
     def touch(self, filler: memoryview) -> None:
-        """Write and remove a file of `size_bytes`; `filler` is any memory."""
+        """Write and remove a file of `size_bytes`; `filler` is any memory. Then rest: who has just computed for long is woken
+        across cores by some schedulers, and this was our own computing, not that of what is measured."""
         with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
             for offset in range(0, self.size_bytes, len(filler)):
                 write_all(file.fileno(), filler[: self.size_bytes - offset])
+        time.sleep(REST_S)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ METHOD = (
     " long, so it may lie in the cache of the processor, as it does for every target.",
     "Before each measure twice the memory that it takes is touched and freed again, for every target alike: a"
     " virtual machine gives free memory back to its host, and the first target to want it would pay for a fault in"
-    " the host.",
+    " the host. 0.2 s of rest follow: that computing is the benchmark's own (see io.Ballast).",
     "write: open a fresh name, write, close. read: open, readv, close of a file that was read once before. put:"
     " open a fresh name, one write, close. get: the first read of each file, one readv. 2 processes: bytes of both"
     " over the time from the first start to the last end, in 1 MiB calls. open + close: the same file, for"

@@ -36,7 +36,7 @@ METHOD = (
     " counted: in an engine the device copies there.",
     "Systems take turns within each repeat, each in fresh folders, with its own server, mount or store; the order rotates."
     " Before each write and each cold read more memory than it takes is touched and freed, so that none pays for faults of"
-    " a virtual machine's host. Figures are medians of the repeats.",
+    " a virtual machine's host; 0.2 s of rest follow. Figures are medians of the repeats.",
     "raw-* are references, not systems: no names, no index, no eviction, no second process.",
 )
 
