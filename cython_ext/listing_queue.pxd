@@ -5,19 +5,13 @@
 # sent again, and all before Python says that it takes them. (2) Each request is handed out once. (3) The mutex is held for a few
 # memory accesses only.
 
+from cython_ext.doorbell cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_read, eventfd_write
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.name_table cimport VIRTUAL_SHIFT
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from posix.unistd cimport close
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int value, int flags)
-    int eventfd_read(int fd, uint64_t *value)
-    int eventfd_write(int fd, uint64_t value)
-    int EFD_CLOEXEC
-    int EFD_NONBLOCK
 
 cdef enum:
     LISTINGS_MAX = 256  # a power of two
