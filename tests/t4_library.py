@@ -1,4 +1,4 @@
-"""The library's door for threads: bytes come back whole, from memory, from extents and by another process' numpy."""
+"""The library's door for threads: bytes come back whole, from memory and from extents, for bytes and for numpy arrays."""
 
 import os
 import threading

@@ -1,5 +1,5 @@
-"""A flush of everything: what nobody writes to goes into the extent in one pass; what changes meanwhile is not taken for what
-it was."""
+"""One pass into the extent, for a flush of everything and behind the writers: what changes meanwhile is not taken for what it
+was."""
 
 import errno
 import os

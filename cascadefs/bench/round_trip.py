@@ -16,8 +16,8 @@ ECHO = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile part 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Medians in microseconds of a byte through a pipe to another process and back, some 2 of them Python's: both on one core,
-    and each on its own (None where there is only one)."""
+    """Medians in microseconds of a byte through a pipe to another process and back, Python's part in it: both on one core, and
+    each on its own (None where there is only one)."""
 
     one_core_us: float
     two_cores_us: float | None
