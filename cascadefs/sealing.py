@@ -6,8 +6,8 @@ Owns: the transition staged -> object. Invariants:
 (2) Two contents share an object only if their bytes were compared, or the object has no copy in memory and its 128-bit
     keyed fingerprints are equal.
 (3) A snapshot shows the file as it was at some moment after fsync() began for every byte written before it.
-(4) Files are sealed many at a time, but each as if alone: under the lock of its inode, and what fails with one of them, or
-    fails because they are many, leaves the others sealed.
+(4) Files are sealed many at a time, but each as if alone: under the lock of its inode, or as long as it is in
+    `Files.unchanged` (straight.py). What fails with one, or because they are many, leaves the others sealed.
 """
 
 import errno
