@@ -4,6 +4,7 @@ Owns: names, defaults, parsing and bounds. Precedence: flag > environment CASCAD
 Does not know what a setting does. Invariant: a Settings object only exists with values inside their bounds.
 """
 
+import difflib
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -54,6 +55,12 @@ def _seal(text: str) -> str:
     return text
 
 
+def _level(text: str) -> str:
+    if text.lower() not in ("debug", "info", "warning", "error"):
+        raise ValueError("write debug, info, warning or error")
+    return text.lower()
+
+
 def default_store() -> Path:
     """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
     scratch = os.environ.get("SCRATCH")
@@ -90,15 +97,16 @@ class Settings:
     # 50 ms: sealing follows a burst of writes instead of competing with it for the same memory bandwidth.
     seal_delay: float = _setting(float, 0.05, 0, 60, help="seconds between the last close and hashing")
     batch_size: int = _setting(_size, 128 * MIB, 4 * MIB, GIB, help="bytes packed into extents per index commit")
-    log: str = _setting(str, "info", help="debug, info, warning or error")
+    log: str = _setting(_level, "info", help="debug, info, warning or error")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings, and for each name one of: flag, environment, file, default."""
+    """The settings; for each name one of: flag, environment, file, default; a line for each variable that is ignored."""
 
     settings: Settings
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -129,7 +137,7 @@ def _parsed(name: str, value: Any, source: str) -> Any:
 # Variables of this name space that are no settings: of the command line, the benchmark and the tests.
 NO_SETTINGS = {
     "CASCADEFS_CONFIG", "CASCADEFS_BIN", "CASCADEFS_PASSTHROUGHFS", "CASCADEFS_CLIENT_FOLDER", "CASCADEFS_CRASH_PLAN",
-    "CASCADEFS_KILLS", "CASCADEFS_TREE_KILLS", "CASCADEFS_UPGRADE_MIB",
+    "CASCADEFS_KILLS", "CASCADEFS_TREE_KILLS", "CASCADEFS_UPGRADE_MIB", "CASCADEFS_MANY_FILES",
 }  # fmt: skip
 
 
@@ -140,9 +148,6 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
     for key in from_file:
         if key not in names:
             raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(names)}")
-    for key in environ:
-        if key.startswith("CASCADEFS_") and key not in NO_SETTINGS and key[10:].lower() not in names:
-            raise ConfigError(f"unknown setting {key} in the environment; known: {', '.join(names)}")
     values, origins = {}, {}
     for name in names:
         variable = "CASCADEFS_" + name.upper()
@@ -150,4 +155,16 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
         origins[name], given = next(((o, v) for o, v in sources if v is not None), ("default", None))
         if given is not None:
             values[name] = _parsed(name, given, origins[name])
-    return Configuration(Settings(**values), origins)
+    return Configuration(Settings(**values), origins, _unknown_variables(environ, names))
+
+
+def _unknown_variables(environ: Mapping[str, str], names: list[str]) -> tuple[str, ...]:
+    """A line for each variable of our name space that is not a setting. It is not an error: a platform may have injected it
+    (a Kubernetes service called cascadefs gives each container CASCADEFS_PORT and CASCADEFS_SERVICE_HOST)."""
+    unknown = [key for key in environ if key.startswith("CASCADEFS_") and key not in NO_SETTINGS and key[10:].lower() not in names]
+    return tuple(f"{key} in the environment is not a setting and is ignored{_meant(key, names)}" for key in sorted(unknown))
+
+
+def _meant(key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key[10:].lower(), names, 1)
+    return f"; did you mean CASCADEFS_{near[0].upper()}?" if near else ""

@@ -75,6 +75,8 @@ def main() -> None:
 def _settings(config: Path | None, **flags: object) -> Configuration:
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
     found = load(given, os.environ, config or (Path(c) if (c := os.environ.get("CASCADEFS_CONFIG")) else None))
+    for note in found.notes:
+        click.echo(f"cascadefs: warning: {note}", err=True)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if found.settings.shm_size > total:
         sizes = [humanfriendly.format_size(n, binary=True) for n in (found.settings.shm_size, total)]

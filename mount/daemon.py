@@ -25,7 +25,7 @@ from typing import Any
 import humanfriendly
 import trio
 
-from cascadefs import crash
+from cascadefs import crash, media
 from cascadefs.config import Configuration
 from cascadefs.errors import UserError
 from cascadefs.ext import listing
@@ -38,6 +38,7 @@ from cascadefs.mount.operations import Operations
 from cascadefs.mount.session import Session
 from cascadefs.mount.table import Table
 from cascadefs.mount.virtual import Virtual
+from cascadefs.name_ring import PLACE as NAMES
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Daemon:
         try:
             if kept is None:
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
-            portable = not settings.passthrough or kernel_release() < PASSTHROUGH_SINCE
+            portable = not settings.passthrough or kernel_release() < PASSTHROUGH_SINCE or not device.in_first_namespace()
             self.device = kept or device.mount(wanted.mountpoint, wanted.options, portable)
             self.session = Session(self.device, settings.passthrough, table, self.store.ring.memory)
         except BaseException as e:
@@ -95,6 +96,8 @@ class Daemon:
         """Whether the kernel will move the bytes, and if not, why."""
         if not wanted:
             return False, "switched off by the passthrough setting"
+        if not device.in_first_namespace():
+            return False, "passthrough needs root of the machine, this is a user namespace"
         if not self.session.wanted:
             return False, "passthrough needs root (CAP_SYS_ADMIN)"
         if kernel_release() < PASSTHROUGH_SINCE:
@@ -166,12 +169,26 @@ class Daemon:
             while not self.session.transport.is_ready:
                 await trio.sleep(0.001)
         self.table.init_request = self.session.transport.init_request
-        if self.passthrough and not self.session.transport.negotiated_passthrough:
-            self.passthrough, self.why_not = False, "the kernel did not agree to passthrough"
+        if self.passthrough and (why_not := self._refusal()):
+            self.passthrough, self.why_not = False, why_not
             self.handles.passthrough = False
         if not self.passthrough:
             await trio.to_thread.run_sync(device.raise_read_ahead, self.wanted.mountpoint, READ_AHEAD_KIB)
         report(self.summary())
+
+    def _refusal(self) -> str:
+        """Why the kernel will not move the bytes, though it should; one file of the memory tier is tried."""
+        transport, memory = self.session.transport, self.store.residency.memory
+        if not transport.negotiated_passthrough:
+            return "the kernel did not agree to passthrough"
+        fd = media.open_file(memory.folder.joinpath(*NAMES), os.O_RDONLY)
+        try:
+            transport.backing_close(transport.backing_open(fd))
+        except OSError as e:
+            return f"the kernel does not pass through to {memory.folder}: {e.strerror}"
+        finally:
+            os.close(fd)
+        return ""
 
     async def _catch_up(self) -> None:
         """Releases and forgets that no other request brought along. A mount that is not used costs nothing."""

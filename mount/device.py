@@ -23,13 +23,14 @@ FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 1
 ABSENT_FLAGS = {"rw", "suid", "dev", "exec", "async", "atime", "defaults", "auto", "noauto", "user", "nouser", "_netdev"}
 OURS = {"default_permissions", "allow_other"}  # always set where they can be
 MNT_DETACH = 2
+FIRST_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of include/uapi/linux/nsfs.h, linux/proc_ns.h before
 UNPRIVILEGED_READ = 131072  # an unprivileged socket buffer holds 208 KiB: larger answers of pyfuse3 would not fit
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Device:
-    """An open FUSE connection. `privileged`: mounted by mount(2), so passthrough may be possible."""
+    """An open FUSE connection. `privileged`: mounted by root of the machine, so passthrough may be possible."""
 
     fd: int
     privileged: bool
@@ -45,6 +46,12 @@ def may_mount() -> bool:
     status = Path("/proc/self/status").read_text()
     effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> 21 & 1)
+
+
+def in_first_namespace() -> bool:
+    """Whether root here is root of the machine. In a user namespace (rootless containers, `unshare -Ur`) root may mount, but
+    the kernel refuses to register backing files."""
+    return os.stat("/proc/self/ns/user").st_ino == FIRST_USER_NAMESPACE
 
 
 def mounts() -> Iterator[Path]:
@@ -101,7 +108,7 @@ def _mount_directly(path: Path, options: Sequence[str], portable: bool) -> Devic
             data.append(option)
     kind = FILESYSTEM.encode()
     if _libc.mount(b"cascadefs", os.fsencode(path), kind, flags, ",".join(data).encode()) == 0:
-        return Device(fd, True)
+        return Device(fd, in_first_namespace())
     code = ctypes.get_errno()
     os.close(fd)
     raise UserError(f"cannot mount at {path}: {os.strerror(code)}; check the options {','.join(options) or '(none)'}")
@@ -112,7 +119,7 @@ def _mount_by_helper(path: Path, options: Sequence[str]) -> Device:
     helper = shutil.which("fusermount3")
     if helper is None:
         raise UserError("not root and fusermount3 is missing; run: sudo apt-get install -y fuse3")
-    given = [option for option in options if option not in ABSENT_FLAGS | OURS]
+    given = [option for option in options if option not in ABSENT_FLAGS | {"default_permissions"}]
     words = ["default_permissions", f"max_read={UNPRIVILEGED_READ}", "fsname=cascadefs", "subtype=cascadefs", *given]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:

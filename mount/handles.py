@@ -7,6 +7,7 @@ Owns: the numbers, the writable descriptors of the portable path, backing ids; k
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -23,6 +24,7 @@ from cascadefs.name_ring import Created
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
+UNPASSABLE = (errno.ELOOP, errno.EOPNOTSUPP)  # FUSE_DEV_IOC_BACKING_OPEN: a stack of filesystems; no file with bytes of its own
 UNRECORDED = 8  # a worker asks for one backing id at a time; the rest is room for a kernel that skips numbers
 
 
@@ -71,10 +73,19 @@ class Handles:
         self.table.add_handle(KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False))
 
     def register(self, source: Source) -> None:
-        """The kernel knows the source's file afterwards."""
+        """The kernel knows the source's file afterwards. OSError when it does not take it."""
         if not source.backing_id:
             source.backing_id = self.transport.backing_open(source.fd)
             self.table.add_backing(source.backing_id)
+
+    def _passes(self, source: Source) -> bool:
+        """Whether the kernel serves the source's file; where it will not (parking on an overlay filesystem), we do."""
+        try:
+            self.register(source)
+        except OSError as e:
+            if e.errno not in UNPASSABLE:
+                raise
+        return bool(source.backing_id)
 
     def take_granted(self, fh: int, handle: Handle, request: int, backing_id: int) -> None:
         """The transport has answered an OPEN."""
@@ -87,8 +98,7 @@ class Handles:
         if source is None:
             size = self.store.namespace.get(handle.ino).size
             self.transport.set_handle(fh, open_flags=self.open_flags | FOPEN_DIRECT_IO, size_bytes=size)
-        elif self.passthrough and not handle.direct:
-            self.register(source)
+        elif self.passthrough and not handle.direct and self._passes(source):
             self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self.open_flags)
         else:
             return self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))

@@ -19,7 +19,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [({"shm_size": "plenty"}, "not understood"), ({"shm_size": "1KiB"}, "out of bounds"), ({"sync": "never"}, "fsync"),
-     ({"passthrough": "perhaps"}, "true or false"), ({"seal_delay": "-1"}, "out of bounds"), ({"seal": "never"}, "flush")],
+     ({"passthrough": "perhaps"}, "true or false"), ({"seal_delay": "-1"}, "out of bounds"), ({"seal": "never"}, "flush"),
+     ({"log": "loud"}, "warning")],
 )  # fmt: skip
 def test_an_impossible_value_is_one_line(flags, word):
     with pytest.raises(ConfigError) as e:
@@ -32,8 +33,14 @@ def test_unknown_names_are_refused(tmp_path):
     file.write_text("shm_sise = 3\n")
     with pytest.raises(ConfigError, match="shm_sise"):
         config.load({}, {}, file)
-    with pytest.raises(ConfigError, match="CASCADEFS_STOER"):
-        config.load({}, {"CASCADEFS_STOER": "x"}, None)
+
+
+def test_unknown_variables_are_said_and_ignored():
+    injected = {"CASCADEFS_PORT": "tcp://10.0.0.1:80", "CASCADEFS_SERVICE_HOST": "10.0.0.1"}
+    found = config.load({}, {"CASCADEFS_STOER": "x", "CASCADEFS_SHM_SIZE": "1GiB"} | injected, None)
+    assert found.settings.shm_size == 1 << 30 and found.origins["store"] == "default"
+    assert [note.split()[0] for note in found.notes] == ["CASCADEFS_PORT", "CASCADEFS_SERVICE_HOST", "CASCADEFS_STOER"]
+    assert found.notes[2].endswith("did you mean CASCADEFS_STORE?")
 
 
 def test_a_broken_or_missing_file_is_said(tmp_path):

@@ -64,7 +64,6 @@ def test_settings(tmp_path):
     for size in ("0", "1KiB", "-5", "nonsense", "9EiB"):
         assert "shm_size" in refused(*words, f"--shm-size={size}")
     assert "more than this machine" in refused(*words, "--shm-size", "63TiB")
-    assert "unknown setting CASCADEFS_SHMSIZE" in refused(*words, env={"CASCADEFS_SHMSIZE": "1GiB"})
     (tmp_path / "toml").write_text("shm-size = 5\n")
     assert "unknown setting" in refused(*words, "--config", tmp_path / "toml")
     assert "cannot read" in refused(*words, "--config", tmp_path / "absent")
@@ -87,6 +86,15 @@ def test_origins_of_settings(tmp_path):
     assert (told["extent_size"], told["seal_delay"]["origin"]) == ({"value": str(64 << 20), "origin": "file"}, "environment")
     assert told["shm_dir"]["origin"] == "default"
     assert "extent_size" in cascadefs("config", "show", env=env).stdout
+
+
+def test_unknown_variables_warn_and_do_not_stop():
+    done = cascadefs("config", "show", "--json", env={"CASCADEFS_SHMSIZE": "1GiB"})
+    assert done.returncode == 0 and json.loads(done.stdout)["shm_size"]["origin"] == "default"
+    assert done.stderr.splitlines() == [
+        "cascadefs: warning: CASCADEFS_SHMSIZE in the environment is not a setting and is ignored; "
+        "did you mean CASCADEFS_SHM_SIZE?"
+    ]
 
 
 def test_unknown_names_have_the_right_errno(tmp_path):
