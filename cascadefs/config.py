@@ -161,7 +161,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
 def _unknown_variables(environ: Mapping[str, str], names: list[str]) -> tuple[str, ...]:
     """A line for each variable of our name space that is not a setting. It is not an error: a platform may have injected it
     (a Kubernetes service called cascadefs gives each container CASCADEFS_PORT and CASCADEFS_SERVICE_HOST)."""
-    unknown = [key for key in environ if key.startswith("CASCADEFS_") and key not in NO_SETTINGS and key[10:].lower() not in names]
+    ours = [key for key in environ if key.startswith("CASCADEFS_") and key not in NO_SETTINGS]
+    unknown = [key for key in ours if key[10:].lower() not in names]
     return tuple(f"{key} in the environment is not a setting and is ignored{_meant(key, names)}" for key in sorted(unknown))
 
 

@@ -160,9 +160,9 @@ def _stats(mountpoint: Path) -> dict[str, Any]:
 
 
 def _flush(mountpoint: Path, quiet: bool = False) -> None:
-    """fsync of .cascade makes everything durable; its progress is what `pending_bytes` loses."""
+    """fsync of .cascade/flush makes everything durable; its progress is what `pending_bytes` loses."""
     failure: list[OSError] = []
-    fd = os.open(mountpoint / ".cascade", os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(mountpoint / ".cascade/flush", os.O_RDONLY)
 
     def work() -> None:
         try:

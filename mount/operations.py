@@ -253,7 +253,8 @@ class Operations(pyfuse3.Operations):
         """RELEASEDIR."""
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """FSYNCDIR: names are durable; of .cascade: everything is (the way `cascadefs flush` asks for it)."""
+        """FSYNCDIR: names are durable; of .cascade: everything is, while the kernel holds the folder's lock: `cascadefs flush`
+        syncs a file in it instead, beside which `status` can look up its own."""
         self.answered.catch_up()
         if fh == virtual.FOLDER:
             await self.store.flush()
@@ -408,7 +409,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """READ of what the transport does not serve: streams, and files of .cascade/."""
         if fh & TEXT_HANDLES:
-            inode = fh & ~TEXT_HANDLES & ~TEXT_COUNTS
+            inode = _text_inode(fh)
             return await self.virtual.read(inode, off, size, self._texts.get(fh) or self._text(inode))
         if (opened := self.handles.get(fh)) is None:
             raise os_error(errno.EBADF)
@@ -428,8 +429,12 @@ class Operations(pyfuse3.Operations):
             await self.store.mover.fsync(opened.handle.ino)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """FSYNC: data and name are durable afterwards. Writes through mappings may have changed times: ask again."""
+        """FSYNC: data and name are durable afterwards; of .cascade/flush: everything is. Writes through mappings may have
+        changed times: ask again."""
         if fh & TEXT_HANDLES:
+            if _text_inode(fh) == virtual.FLUSH:
+                self.answered.catch_up()
+                await self.store.flush()
             return
         self.answered.catch_up()
         if (opened := self.handles.get(fh)) is None:
@@ -445,6 +450,10 @@ class Operations(pyfuse3.Operations):
             self._texts.pop(fh, None)
         else:
             self.handles.remove(fh)
+
+
+def _text_inode(fh: int) -> int:
+    return fh & ~TEXT_HANDLES & ~TEXT_COUNTS
 
 
 def without_set_id(mode: int) -> int:

@@ -23,7 +23,9 @@ from cascadefs.types import Inode, Object
 NAME = b".cascade"
 FIRST = 1 << 60  # by-hash/<address>: FIRST + object number
 FOLDER, BY_HASH = 1 << 61, (1 << 61) + 1
-TEXTS = (b"stats", b"tiers", b"config", b"metrics")
+TEXTS = (b"stats", b"tiers", b"config", b"metrics", b"flush")
+FLUSH = BY_HASH + len(TEXTS)  # its fsync makes everything durable
+FLUSH_TEXT = b"fsync of this file makes everything durable: cascadefs flush\n"
 
 
 def is_virtual(ino: int) -> bool:
@@ -78,6 +80,8 @@ class Virtual:
 
     def text(self, ino: int) -> bytes:
         """The content of one of TEXTS, now."""
+        if ino == FLUSH:
+            return FLUSH_TEXT
         document = status(self.store, self.facts())
         name = TEXTS[ino - BY_HASH - 1]
         if name == b"metrics":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -21,7 +22,7 @@ from cascadefs.store import Store
 from cascadefs.types import Home
 from tests import faults
 from tests.conftest import MODES, Mount, cascadefs, need_root_and_fuse
-from tests.faults.control import FAIL, Control, Fault
+from tests.faults.control import DELAY, FAIL, Control, Fault
 from tests.faults.media import FAULTS
 
 LONG = bool(os.environ.get("TORTURE"))
@@ -286,3 +287,27 @@ def test_a_disk_that_is_really_full_can_be_emptied_and_goes_on(full_disk):
     mount.stop("--drop-memory")
     mount.start()
     assert intact()
+
+
+@pytest.mark.parametrize("tier", ["EXTENTS", "INDEX"])
+@pytest.mark.parametrize("faulty", MODES, indirect=True)
+def test_status_does_not_wait_for_a_flush_to_a_slow_disk(faulty, tier):
+    mount, control = faulty
+    with (mount.path / "f").open("wb", buffering=0) as file:  # open, so that only the flush writes it
+        file.write(os.urandom(5 << 20))
+        check_status_beside_a_slow_flush(mount, control, tier)
+
+
+def check_status_beside_a_slow_flush(mount, control, tier):
+    control.arm(Fault("slow", DELAY, 0, ("SYNC",), (tier,), lasts=True), 0, delay_us=4_000_000)
+    fd = os.open(mount.path / ".cascade/flush", os.O_RDONLY)  # what `cascadefs flush` does
+    flush = threading.Thread(target=os.fsync, args=(fd,))
+    flush.start()
+    try:
+        wait_until(lambda: control.fired)
+        assert mount.status()["files"] == 1 and "cascadefs_files 1" in (mount.path / ".cascade/metrics").read_text()
+        assert flush.is_alive()
+    finally:
+        control.off()
+        flush.join(60)
+        os.close(fd)

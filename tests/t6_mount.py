@@ -197,7 +197,7 @@ def test_facts_are_told_on_request_and_not_listed(mount):
 def test_the_control_folder_is_readable_and_closed_to_others(mount):
     mount.start()
     folder = mount.path / ".cascade"
-    assert sorted(os.listdir(folder)) == ["by-hash", "config", "metrics", "stats", "tiers"]
+    assert sorted(os.listdir(folder)) == ["by-hash", "config", "flush", "metrics", "stats", "tiers"]
     assert json.loads((folder / "tiers").read_text())["cold"]["extents"] == 0
     assert "cascadefs_tier_used_bytes" in (folder / "metrics").read_text()
     assert json.loads((folder / "config").read_text())["shm_size"] == {"value": str(64 * MIB), "origin": "flag"}

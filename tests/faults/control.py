@@ -37,12 +37,12 @@ class Control:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _CONTROL.size + TRACE_MAX)
 
-    def arm(self, fault: Fault, at: int | None) -> None:
-        """Count the calls that the fault can meet, from 0; it happens at call `at` (None: only count)."""
+    def arm(self, fault: Fault, at: int | None, delay_us: int = DELAY_US) -> None:
+        """Count the calls that the fault can meet, from 0; it happens at call `at` (None: only count). `delay_us`: of DELAY."""
         first = FOREVER if at is None else at
         count = FOREVER if fault.lasts else 1
         masks = _mask(KINDS, fault.kinds), _mask(TIERS, fault.tiers)
-        self._map[: _CONTROL.size] = _CONTROL.pack(*masks, first, count, fault.mode, fault.error, DELAY_US, 0, 0)
+        self._map[: _CONTROL.size] = _CONTROL.pack(*masks, first, count, fault.mode, fault.error, delay_us, 0, 0)
 
     def off(self) -> None:
         """Nothing fails and nothing is counted any more; the counts stay."""

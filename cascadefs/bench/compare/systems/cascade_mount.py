@@ -59,7 +59,7 @@ class CascadeMount(FilePerBlock):
                     unmount(path, leave, room.note)
 
     def flush(self) -> None:
-        fd = os.open(f"{self.folder}/.cascade", os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(f"{self.folder}/.cascade/flush", os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
