@@ -25,6 +25,7 @@ from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
 from cascadefs.errors import os_error
+from cascadefs.gaps import Gaps
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
 from cascadefs.read_ahead import ReadAhead
@@ -46,6 +47,7 @@ class Files:
         self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
         self.read_ahead = ReadAhead(residency, settings.promote_limit)
+        self.gaps = Gaps(residency.memory, residency.memory.pages)
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
@@ -102,6 +104,8 @@ class Files:
             handle = live.enter(await self._source_for(live, inode), writable)
             if handle.source is not None and not writable:
                 self.readers.add(ino)
+            elif writable:
+                self._look_for_gaps(ino)
             return handle
         finally:
             live.lock.release()
@@ -111,6 +115,8 @@ class Files:
         """A handle that an earlier process opened and the kernel still has. The row tells which file is behind it."""
         inode = self.namespace.get(ino)
         live = self.of(ino)
+        if writable and inode.home == Home.MEMORY:
+            self.gaps.look(ino)
         return live.enter(self._open_source(live, inode), writable, direct)
 
     def create_content(self, inode: Inode) -> Handle:
@@ -150,6 +156,7 @@ class Files:
         if handle.source is not None:
             self.sources.release(handle.source)
         if handle.writable and not live.writers:
+            self.gaps.forget(handle.ino)
             self.seal_soon(handle.ino)
         self.forget_if_gone(handle.ino)
 
@@ -377,7 +384,7 @@ class Files:
             return await self.fill_staged(inode.ino, partial(self.residency.materialize, self.index.blocks(found.oid)))
         fd = holder.open_object(found.digest)
         try:
-            return await self.fill_staged(inode.ino, partial(media.copy_file, fd))
+            return await self.fill_staged(inode.ino, partial(self.residency.memory.copy_in, fd))
         finally:
             os.close(fd)
 
@@ -414,10 +421,16 @@ class Files:
                     self._touch(inode)
                 else:
                     await self._stage(live, inode, size_bytes)
+                if live.writers:
+                    self._look_for_gaps(ino)
         finally:
             if not live.writers:
                 self.seal_soon(ino)
             self.forget_if_gone(ino)
+
+    def _look_for_gaps(self, ino: int) -> None:
+        if self.namespace.get(ino).home == Home.MEMORY:
+            self.gaps.look(ino)
 
     # --- attributes
 

@@ -18,8 +18,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cascadefs.doors import open_private, private_folder, truncate_private
+from cascadefs.ext.hashing import zero_runs
 from cascadefs.record import ALIGN
 
+# Zeros that are left out: each hole costs the disk one more write. Where most is zeros, shorter ones pay.
+HOLE_BYTES, SHORT_HOLE_BYTES = 64 << 10, 16 << 10
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
 SEND_BYTES = 1 << 30
 MODE = 0o600
@@ -72,6 +75,28 @@ def write_fully(fd: int, data: Buffer, position: int) -> None:
             if at + put <= done:
                 raise OSError(errno.EIO, "the medium takes no more bytes and gives no reason")
             done = at + put
+
+
+def write_with_holes(fd: int, data: Buffer, position: int) -> None:
+    """As write_fully(), behind the end of a file and in whole pages: long runs of zeros are left out, so that they
+    read as zeros and take no space. The last page is written: the file must reach it."""
+    with memoryview(data) as view:
+        with view[: max(0, len(view) - ALIGN)] as seen:
+            holes = zero_runs(seen, SHORT_HOLE_BYTES)
+        if sum(end - begin for begin, end in holes) < len(view) / 2:
+            holes = [(begin, end) for begin, end in holes if end - begin >= HOLE_BYTES]
+        write_between(fd, view, position, holes)
+
+
+def write_between(fd: int, data: Buffer, position: int, holes: Iterable[tuple[int, int]]) -> None:
+    """As write_fully(), without the (begin, end) parts of `data`, which ascend."""
+    done = 0
+    with memoryview(data) as view:
+        for begin, end in [*holes, (len(view), len(view))]:
+            if begin > done:
+                with view[done:begin] as part:
+                    write_fully(fd, part, position + done)
+            done = end
 
 
 def read_whole(fd: int, buffers: Iterable[Buffer]) -> int:
@@ -135,6 +160,11 @@ def copy_file(source_fd: int, path: str) -> None:
                 start += sent
     finally:
         os.close(fd)
+
+
+def has_gaps(state: os.stat_result) -> bool:
+    """Whether a file has holes of a page or more."""
+    return state.st_size - state.st_blocks * 512 >= ALIGN
 
 
 def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

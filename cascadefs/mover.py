@@ -146,6 +146,7 @@ class Mover:
             try:
                 rests = self.files.quiet_s(time.monotonic()) > RESTS_AFTER_S
                 self.residency.make_room()
+                self.files.gaps.look_again()
                 self.residency.tidy_later()
                 if self.residency.under_pressure():
                     self._wake()  # what would wait to be asked for is sealed now

@@ -21,11 +21,12 @@ import trio
 from cascadefs import media, scheduler
 from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord
+from cascadefs.ext import hashing
 from cascadefs.healing import Healer
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
-from cascadefs.record import record_bytes
+from cascadefs.record import ALIGN, record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
 from cascadefs.tiers.files import FileTier
@@ -34,6 +35,7 @@ from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
+EMPTY_SHARE = 1 / 4  # of a block in pages of zeros: then they are left out, which costs the block its huge pages
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
@@ -201,7 +203,7 @@ class Residency:
                 buffer.close()
 
     def _copy_sound(self, fd: int, holes: set[bytes], turn: Semaphore, place: tuple[int, Block]) -> bool:
-        """Copy a block as it lies in its extent. Zeros are read once and left as a hole. False: it is damaged."""
+        """Copy a block as it lies in its extent, many zeros as a hole; all zeros are read once. False: it is damaged."""
         offset, block = place
         if block.fingerprint in holes:
             return True
@@ -210,10 +212,14 @@ class Residency:
         buffer = self.cold.buffers.take(record_bytes(block.length))
         try:
             with self.cold.read_into(buffer, block.location, block.fingerprint, turn=turn) as payload:
+                gaps = hashing.zero_runs(payload, ALIGN)
                 if not payload[0] and payload == bytes(len(payload)):
                     holes.add(block.fingerprint)
-                else:
+                elif sum(end - begin for begin, end in gaps) < len(payload) * EMPTY_SHARE:
                     media.write_fully(fd, payload, offset)
+                else:
+                    with self.memory.pages.small():
+                        media.write_between(fd, payload, offset, gaps)
         except CorruptRecord:
             return False
         finally:

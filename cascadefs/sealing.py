@@ -381,7 +381,7 @@ class Sealer:
         live = self.files.of(holder.ino)
         try:
             async with live.lock:
-                home = await self.files.fill_staged(holder.ino, partial(media.copy_file, source))
+                home = await self.files.fill_staged(holder.ino, partial(self.residency.memory.copy_in, source))
                 if home != holder.home:
                     namespace.update(holder.ino, home=home)
                     holder = namespace.get(holder.ino)

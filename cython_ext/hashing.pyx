@@ -1,6 +1,6 @@
-# Fingerprints and comparisons of byte ranges of open files.
+# Fingerprints and comparisons of byte ranges of open files; where a buffer holds nothing.
 #
-# Owns: reading a range of a descriptor into a caller's buffer, XXH3-128 keyed with the store's secret, byte comparison.
+# Owns: reading a range of a descriptor into a caller's buffer, XXH3-128 keyed with the store's secret, byte comparison, zeros.
 # Knows nothing of objects, tiers or names. The GIL is released for all of it. Invariants:
 # (1) Equal bytes and equal secret give equal fingerprints on every machine (XXH3's canonical big-endian form).
 # (2) A range past the end of the file is an error (EIO), never zeros: the file shrank under the caller.
@@ -100,6 +100,51 @@ def read_fingerprint(int fd, int64_t offset, uint8_t[::1] out, const uint8_t[::1
     """read_into() and fingerprint() of what was read, in one step: the bytes in `out` are those that were hashed."""
     read_into(fd, offset, out)
     return fingerprint(out, secret)
+
+
+cdef enum:
+    PAGE = 4096
+
+
+cdef bint is_zero(const uint8_t *page) noexcept nogil:
+    """Whether a page is zeros; nearly always its first byte tells that it is not."""
+    return not page[0] and not memcmp(page, page + 1, PAGE - 1)
+
+
+cdef int64_t next_run(const uint8_t *data, int64_t *at, int64_t pages, int64_t least) noexcept nogil:
+    """The first page, counted from `at` on, of a run of at least `least` pages of zeros, and behind it in `at`; -1: no more.
+
+    Of each such run a page at a multiple of the stride is part, so that others need not be looked at to find it."""
+    cdef int64_t floor = at[0]
+    cdef int64_t stride = max(1, (least + 1) // 2)
+    cdef int64_t begin, end, probe = (floor + stride - 1) // stride * stride
+    while probe < pages:
+        if is_zero(data + probe * PAGE):
+            begin, end = probe, probe + 1
+            while begin > floor and is_zero(data + (begin - 1) * PAGE):
+                begin -= 1
+            while end < pages and is_zero(data + end * PAGE):
+                end += 1
+            if end - begin >= least:
+                at[0] = end
+                return begin
+            floor = end
+            probe = end // stride * stride
+        probe += stride
+    return -1
+
+
+def zero_runs(const uint8_t[::1] data, int64_t least_bytes):
+    """[(begin, end)] of the runs of whole pages of zeros, at least `least_bytes` long. Pages begin at multiples of 4096."""
+    cdef int64_t pages = data.shape[0] // PAGE, least = max(1, least_bytes // PAGE), at = 0, begin
+    found = []
+    while pages:
+        with nogil:
+            begin = next_run(&data[0], &at, pages, least)
+        if begin < 0:
+            break
+        found.append((begin * PAGE, at * PAGE))
+    return found
 
 
 def equal(int fd_a, int64_t offset_a, int fd_b, int64_t offset_b, int64_t length, uint8_t[::1] scratch):

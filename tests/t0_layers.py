@@ -19,7 +19,7 @@ ORDER = [
     ["tiers"],
     ["scan"],
     ["rebuild", "fsck"],
-    ["live"],
+    ["live", "gaps"],
     ["healing", "staged"],
     ["residency"],
     ["read_ahead"],

@@ -1,6 +1,8 @@
 """hashing: the kernel against a slow Python twin."""
 
+import itertools
 import os
+import random
 
 import pytest
 
@@ -54,3 +56,27 @@ def test_equal_is_what_python_says(file, tmp_path, scratch):
         assert not hashing.equal(file, 5, other, 5, 1000, bytearray(scratch))
         os.pwrite(other, data[at : at + 1], at)
     os.close(other)
+
+
+def runs_of(data, least):
+    """The slow twin."""
+    found, at = [], 0
+    pages = [not any(data[i : i + 4096]) for i in range(0, len(data) - len(data) % 4096, 4096)]
+    for zero, group in itertools.groupby(pages):
+        length = len(list(group)) * 4096
+        if zero and length >= least:
+            found.append((at, at + length))
+        at += length
+    return found
+
+
+@pytest.mark.parametrize("least", [4096, 8192, 12288, 65536])
+def test_runs_of_zeros_are_what_python_says(least):
+    pick = random.Random(least)
+    for pages in (0, 1, 2, 40, 41, 200):
+        for _ in range(20):
+            data = bytearray(pages * 4096 + pick.choice([0, 1, 4095]))
+            for _ in range(pick.choice([0, 1, 3, pages // 8, pages])):
+                if data:
+                    data[pick.randrange(len(data))] = 1
+            assert hashing.zero_runs(data, least) == runs_of(data, least)

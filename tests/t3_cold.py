@@ -14,6 +14,7 @@ from cascadefs.namespace import ROOT
 from cascadefs.policies.lru import Lru
 from cascadefs.record import record_bytes
 from cascadefs.scheduler import MemoryState, may_promote, plan_eviction, stage_in_memory
+from cascadefs.tiers.capture import Capture, Subject
 from cascadefs.tiers.cold import ColdTier, Piece, holes_of
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Location
@@ -46,6 +47,50 @@ def stored(index, namespace, cold, database, tmp_path):
     assert bulk.place(placed, 1, end) == []
     assert bulk.mark_durable([found.oid]) == []
     return ino, found
+
+
+def mostly_zeros():
+    """4 MiB with three pages that are not; the last byte is zero, too."""
+    data = bytearray(4 << 20)
+    for at in (5, 1 << 20, (3 << 20) - 1):
+        data[at : at + 3000] = os.urandom(3000)
+    return bytes(data)
+
+
+def read_back(cold, location, data, secret):
+    buffer, payload = cold.read(location, hashing.fingerprint(data, secret))
+    assert payload == data
+    payload.release()
+    buffer.close()
+
+
+@pytest.mark.parametrize("count", [1, 5])  # one write, and several in threads
+def test_zeros_take_no_space_in_an_extent(cold, database, tmp_path, count):
+    data, secret = mostly_zeros(), database.identity.secret
+    (tmp_path / "data").write_bytes(data)
+    fd = os.open(tmp_path / "data", os.O_RDONLY)
+    pieces = [Piece(n, hashing.fingerprint(data, secret), fd, 0, len(data)) for n in range(count)]
+    placed, end = cold.append(1, cold.create(1), pieces)
+    os.close(fd)
+    state = os.stat(cold.path(1))
+    assert state.st_size == end and state.st_blocks * 512 < count * (256 << 10)
+    for _, location in placed:
+        read_back(cold, location, data, secret)
+
+
+def test_nor_when_files_go_straight_there(cold, database, tmp_path):
+    data, secret = mostly_zeros() * 3, database.identity.secret
+    (tmp_path / "data").write_bytes(data)
+    fd, start = os.open(tmp_path / "data", os.O_RDONLY), cold.create(1)
+    os.pwrite(other := os.open(cold.path(1), os.O_WRONLY), b"rubbish of a crash" * 100_000, start)
+    os.close(other)
+    subject = Subject(fd, len(data), False, {})
+    end = Capture(cold, 4 << 20, 1, start, set).run([subject], b"a manifest")
+    os.close(fd)
+    state = os.stat(cold.path(1))
+    assert state.st_size == end and state.st_blocks * 512 < 1 << 20
+    (location,) = subject.places.values()
+    read_back(cold, location, data[: 4 << 20], secret)
 
 
 def test_what_was_packed_is_read_back(index, namespace, cold, database, tmp_path):

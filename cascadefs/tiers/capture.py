@@ -96,7 +96,7 @@ class Capture:
     def _put(self, fd: int, data: mmap.mmap, used: int) -> None:
         """A single write needs no thread."""
         with memoryview(data) as view, view[:used] as part:
-            media.write_fully(fd, part, self._end)
+            media.write_with_holes(fd, part, self._end)
         self._cold.buffers.give(data)
         self._end += used
 

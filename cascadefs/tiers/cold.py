@@ -1,7 +1,7 @@
 """The cold tier: extents, append-only files that pack many records. FORMAT.md and record.py draw the bytes.
 
 Owns: <store>/extents/*.cfx. Does not know what a block belongs to. Every method blocks: call it in a thread. Invariants:
-(1) Bytes of a record are written once, at a multiple of 4096, with O_DIRECT where the filesystem has it.
+(1) Bytes of a record are written once, at a multiple of 4096, with O_DIRECT where the filesystem has it; long zeros are holes.
 (2) append() returns after fdatasync: whoever commits a location afterwards commits a durable one.
 (3) Nothing is returned by read() whose length, place and fingerprint were not checked.
 """
@@ -126,7 +126,7 @@ class ColdTier:
             try:
                 placed = self._pack(number, position, batches[0], data)
                 with memoryview(data) as view, view[:size] as part:
-                    media.write_fully(fd, part, position)
+                    media.write_with_holes(fd, part, position)
             finally:
                 self.buffers.give(data)
             return placed, position + size

@@ -102,10 +102,14 @@ class FileTier:
         finally:
             os.close(fd)
 
+    def copy_in(self, source_fd: int, path: str) -> None:
+        """Copy an open file to `path` in this tier; holes stay holes. Blocks."""
+        media.copy_file(source_fd, path)
+
     def copy_object(self, source_fd: int, digest: bytes) -> None:
         """Make a copy of an open file an object of this tier. Blocks."""
         partial = self.object_path(digest) + ".new"
-        media.copy_file(source_fd, partial)
+        self.copy_in(source_fd, partial)
         self.place_object(partial, digest)
 
     def place_object(self, path: str, digest: bytes) -> None:

@@ -63,7 +63,7 @@ class Buffers:
 
 
 class Writes:
-    """Writes to an open file. A context manager."""
+    """Writes of whole pages behind the end of an open file; long zeros become holes. A context manager."""
 
     def __init__(self, fd: int, buffers: Buffers) -> None:
         self._fd, self._buffers = fd, buffers
@@ -100,7 +100,7 @@ class Writes:
 
 def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
     with memoryview(data) as view, view[:size_bytes] as part:
-        media.write_fully(fd, part, position)
+        media.write_with_holes(fd, part, position)
 
 
 def in_lanes(items: Sequence[T], work: Callable[[T], R], all_begun: Callable[[], None]) -> list[R]:

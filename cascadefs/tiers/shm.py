@@ -13,9 +13,11 @@ import os
 import time
 from pathlib import Path
 
+from cascadefs import media
 from cascadefs.doors import private_folder
 from cascadefs.name_ring import PLACE as NAMES
 from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.pages import PageSizes
 
 BURST_SHARE = 0.5
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
@@ -52,6 +54,7 @@ class ShmTier(FileTier):
         self.why_not = _mount_tmpfs(folder, flags, limit)
         self.own_mount = os.path.ismount(folder)
         self.huge = self.own_mount and self.why_not is None
+        self.pages = PageSizes(folder if self.huge else None)
         super().__init__(folder)
 
     def used_bytes(self) -> int:
@@ -67,6 +70,11 @@ class ShmTier(FileTier):
             return super().used_bytes()
         space = os.statvfs(self.folder)
         return (space.f_blocks - space.f_bfree) * space.f_frsize
+
+    def copy_in(self, source_fd: int, path: str) -> None:
+        """As FileTier.copy_in(); a hole would become part of a huge page."""
+        with self.pages.small() if media.has_gaps(os.fstat(source_fd)) else contextlib.nullcontext():
+            super().copy_in(source_fd, path)
 
     def drop(self, digest: bytes) -> None:
         """As FileTier.drop(); the room counts at once."""
