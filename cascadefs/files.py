@@ -64,6 +64,7 @@ class Files:
         self.sealed: Callable[[int], None] = nobody_waits  # an inode shows an object in memory now
         self.left_stream: Callable[[int], None] = nobody_waits  # an inode that handles stream got a staged file
         self.deleting: Callable[[int], None] = nobody_waits  # an inode is about to be deleted
+        self.recall: Callable[..., None] = nobody_waits  # nobody opens these inodes unseen any more, and who did is known
         self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
     def of(self, ino: int) -> Live:
@@ -247,8 +248,8 @@ class Files:
         """Somebody has opened an inode for reading, by a source that is open; we only hear of it."""
         self.last_use = time.monotonic()
         self.readers.add(ino)
-        self.residency.hits += 1
         if isinstance(source.key[1], bytes):
+            self.residency.hits += 1
             self.residency.policy.touched(source.key[1])
 
     async def _source_for(self, live: Live, inode: Inode) -> Source | None:
@@ -465,7 +466,7 @@ class Files:
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
 
 
-def nobody_waits(ino: int) -> None:
+def nobody_waits(*inos: int) -> None:
     """Without a mount."""
 
 

@@ -144,6 +144,7 @@ class Sealer:
         batch = list(self._candidates(held, outcome))
         try:
             await self._examine(batch)
+            self.recall_empty(batch)
             fresh, twins = self.told_apart(batch, outcome)
             self.show_fresh(fresh, outcome, nothing_more)
             for one in twins:
@@ -181,6 +182,17 @@ class Sealer:
 
     def _waiting_bytes(self, inos: Sequence[int]) -> int:
         return sum(map(self._staged_bytes, self.files.bulk.staged(inos).values()))
+
+    def recall_empty(self, batch: Sequence[Staged]) -> None:
+        """Their files become nothing that a reader could hold."""
+        empty = [one for one in batch if one.fd >= 0 and not one.is_busy and not one.size_bytes]
+        try:
+            self.files.recall(*(one.ino for one in empty))
+            for one in empty:
+                one.is_busy = self.files.of(one.ino).source is not None
+        except OSError as e:
+            for one in empty:
+                one.error = e
 
     def told_apart(self, batch: Sequence[Staged], outcome: Outcome) -> tuple[list[Staged], list[Staged]]:
         """(those whose content is new, those whose bytes must be compared with others first)."""
@@ -265,8 +277,9 @@ class Sealer:
         did. OSError at the end: a name that stays is removed at the next opening."""
         errors = list[OSError]()
         for live, tier, digest in sealed:
-            if live.source is not None and digest is not None:
-                self.files.sources.rename(live.source, ("object", digest))
+            source = live.source or self.files.sources.find(("staged", live.ino))  # a grant of the mount may hold it
+            if source is not None and digest is not None:
+                self.files.sources.rename(source, ("object", digest))
             try:
                 tier.drop_staged(live.ino)
             except OSError as e:
@@ -289,6 +302,11 @@ class Sealer:
 
     def show_twin(self, one: Staged, content: Content, outcome: Outcome) -> None:
         """No await since `content` was found."""
+        try:
+            self.files.recall(one.ino)
+        except OSError as e:
+            outcome.failed(e)
+            return
         if one.live.source is not None and self.residency.holder(content.digest) is not None:
             outcome.busy.add(one.ino)  # as in _adopted()
             return

@@ -137,6 +137,7 @@ class Straight:
 
         for one, subject in batch:
             one.prints = subject.prints
+        self._sealer.recall_empty([one for one, _ in batch])
         fresh, twins = self._sealer.told_apart(list(self._unchanged([one for one, _ in batch])), outcome)
         self._sealer.show_fresh(fresh, outcome, place)
         if files.index.open_extent() == (number, end):  # else the next append begins where this one did
@@ -148,6 +149,7 @@ class Straight:
         for one in twins:
             try:
                 content = await self._sealer.content(one.fd, one.size_bytes, one.prints, one.domain)
+                self._files.recall(one.ino)  # now: it tells of closed files, too
             except OSError:
                 continue  # sealing will say why
             for still in self._unchanged((one,)):

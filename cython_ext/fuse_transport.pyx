@@ -300,14 +300,15 @@ cdef class Transport:
         """OPEN is Python's again. Those that were answered are among the events by now."""
         grants_drop(&self.known.grants, ino)
 
-    def set_attributes(self, uint64_t ino, const uint8_t[::1] answer):
-        """What GETATTR of an inode is answered with from now on: a struct fuse_attr_out."""
+    def set_attributes(self, uint64_t ino, const uint8_t[::1] answer, int fd=-1):
+        """What GETATTR of an inode is answered with from now on: a struct fuse_attr_out, with size and time of modification of the
+        staged file `fd`, if given. Zeros: of a spare, nothing until it is a file."""
         if answer.shape[0] != sizeof(fuse_attr_out):
             raise ValueError("not a struct fuse_attr_out")
-        check(attributes_put(&self.known.attributes, ino, <const fuse_attr_out *>&answer[0]))
+        check(attributes_put(&self.known.attributes, ino, <const fuse_attr_out *>&answer[0], fd))
 
     def drop_attributes(self, uint64_t ino):
-        """GETATTR of the inode is Python's again."""
+        """GETATTR of the inode is Python's again. Afterwards its staged file may be closed."""
         attributes_drop(&self.known.attributes, ino)
 
     def set_capabilities(self, bint exist):

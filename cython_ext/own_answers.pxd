@@ -4,7 +4,7 @@
 # Invariants: (1) A function that says no has changed nothing. (2) A handle is borrowed while its descriptor is in use and not longer.
 
 from cython_ext.attribute_table cimport (
-    AttributeTable, attributes_copy, attributes_free, attributes_init, attributes_touch)
+    AttributeTable, attributes_copy, attributes_fill, attributes_free, attributes_init, attributes_touch)
 from cython_ext.event_queue cimport EventQueue, events_free, events_init, events_put
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
@@ -60,7 +60,7 @@ cdef inline int64_t now(timespec *time) noexcept nogil:
 
 
 cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer) noexcept nogil:
-    """GETATTR of what Python told of. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
+    """GETATTR of what Python told of, and of what was made here. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
     if not attributes_copy(&known.attributes, ino, answer):
         return False
     return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
@@ -70,7 +70,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     """CREATE with a spare. Python's: no spare, a folder that is not known, a name that may exist, anything unusual."""
     cdef NameRecord record
     cdef Spare spare
-    cdef fuse_attr_out folder
+    cdef fuse_attr_out folder, file
     cdef timespec times[2]
     cdef uint64_t key
     if known.ring.ring == NULL or not read_create(message, size, &record):
@@ -90,6 +90,8 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     futimens(spare.fd, times)
     attributes_touch(&known.attributes, record.folder, record.time_ns)
     answer_create(&record, answer)
+    file.attr_valid, file.attr_valid_nsec, file.padding, file.attr = answer.attr_valid, 0, 0, answer.attr
+    attributes_fill(&known.attributes, record.ino, &file)
     edit_open(&known.handles, &answer.opened)
     return True
 

@@ -85,7 +85,7 @@ class Answered:
 
     def _entered(self, one: Change, gone: dict[int, int]) -> None:
         if isinstance(one, Created):
-            self.spares.take(one)
+            self.grants.keep(one.ino, self.spares.take(one))
         elif one.at in gone:  # its FORGET is still to come
             self.transport.drop_attributes(gone[one.at])
             if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
@@ -133,6 +133,7 @@ class Answered:
         if source is None:
             log.error("inode %d was opened by a grant that is gone", ino)
             return
+        self.grants.used(ino)
         self.files.read_without_us(ino, source)
         if fh is not None:
             handle = self.files.of(ino).enter(self.files.sources.share(source), False, direct=False)

@@ -17,6 +17,7 @@ BLOCK = 4096
 FOLDER_BLOCK = 128 * KIB  # opendir(3) of glibc makes its buffer so large, and the kernel asks us for as many entries as fit it
 NS = 1_000_000_000
 _ATTR_OUT = struct.Struct("<QII3Q3q10I")  # include/uapi/linux/fuse.h, protocol 7.9 and later
+NO_FILE_YET = bytes(_ATTR_OUT.size)  # for a spare
 
 
 def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
@@ -38,11 +39,12 @@ def _block_of(inode: Inode) -> int:
 
 
 def getattr_answer(inode: Inode) -> bytes:
-    """The same for a folder or a sealed file as a struct fuse_attr_out, for the transport to answer GETATTR with."""
+    """The same as a struct fuse_attr_out, for the transport to answer GETATTR with; of a staged file as its row has it."""
     times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
     seconds, rest = (t // NS for t in times), (t % NS for t in times)
     numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, _block_of(inode), 0)
-    return _ATTR_OUT.pack(SETTLED_S, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
+    valid_s = STAGED_S if inode.home else SETTLED_S
+    return _ATTR_OUT.pack(valid_s, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
 
 
 def statfs_of(store: Store) -> pyfuse3.StatvfsData:

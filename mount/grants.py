@@ -1,24 +1,31 @@
-"""Objects in memory whose OPEN for reading, and GETATTR, the transport answers by itself: which they are, and how that ends
-before a writer comes.
+"""Files in memory whose OPEN for reading, and GETATTR, the transport answers by itself: which they are, and how that ends.
 
-Owns: the grants. Each holds its object's source open (live.py) like a user of it. Invariants:
-(1) A grant is for a sealed inode without writers whose object is in the memory tier. None is given while somebody is about to
+Owns: the grants. Each holds its file's source open (live.py) like a user of it. Invariants:
+(1) A grant is for a staged file in the memory tier, from its creation on and with or without writers, who write to that very
+    file; or for an inode whose object is there: it ends before a writer comes. None is given while somebody is about to
     change content (`held_back`) or memory is short.
 (2) A grant ends in this order: the transport uses it no more, the opens that it answered are known, the source is let go.
-(3) There are at most LIMIT, each with a descriptor: the oldest goes. Before objects are evicted all go.
+(3) Sealing makes the staged file the object's copy: the same file, so the grant stays. Where it does not (nothing in it, or a
+    copy is there) the grant is recalled first.
+(4) There are at most LIMIT and what one round of spares adds, each with a descriptor: the one opened longest ago goes. Before
+    objects are evicted all go.
 """
 
 import logging
+import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 
+from cascadefs import media
 from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE
-from cascadefs.live import Source
+from cascadefs.live import Handle, Source
 from cascadefs.mount.attributes import getattr_answer
 from cascadefs.mount.handles import Handles
 from cascadefs.store import Store
+from cascadefs.types import Home, Inode
 
 log = logging.getLogger(__name__)
 LIMIT, AT_ONCE = 4096, 64
@@ -31,13 +38,13 @@ class Grants:
     def __init__(self, store: Store, handles: Handles, catch_up: Callable[[], None]) -> None:
         self.store, self.handles, self.transport = store, handles, handles.transport
         self._catch_up = catch_up
-        self._sources: dict[int, Source] = {}  # in the order they were given
+        self._sources: dict[int, Source] = {}  # in the order of their last use that we know of
         self._wanted: dict[int, None] = {}
         self._changing = 0
         self._memory_is_short = False
         self._limit = min(LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self.transport.number_grants((handles.table.generation << 32) + FIRST)
-        store.files.sealed, store.files.deleting = self.want, self.end_deleted
+        store.files.sealed, store.files.deleting, store.files.recall = self.want, self.end_deleted, self.end
         store.residency.before_eviction = self._want_memory
 
     @property
@@ -45,8 +52,26 @@ class Grants:
         """How many there are."""
         return len(self._sources)
 
+    def keep(self, ino: int, source: Source) -> None:
+        """The transport has had this grant since the file was a spare."""
+        self._sources[ino] = self.store.files.sources.share(source)
+
+    def used(self, ino: int) -> None:
+        """Somebody has opened it."""
+        self._sources[ino] = self._sources.pop(ino)
+
+    def opened(self, handle: Handle) -> None:
+        """By way of Python. What is written now is read soon: it gets a grant at once, others when there is time."""
+        if handle.source is None or handle.source.key[0] != "staged":
+            self.want(handle.ino)
+            return
+        try:
+            self._give(handle.ino)
+        except OSError as e:
+            log.debug("no grant for inode %d: %s", handle.ino, e)
+
     def want(self, ino: int) -> None:
-        """This inode shows an object in memory now; it may get a grant when there is time."""
+        """This inode shows an object in memory now: a grant for it, or news to that which it has, when there is time."""
         if len(self._wanted) < LIMIT:
             self._wanted[ino] = None
             self.transport.ring()
@@ -56,8 +81,12 @@ class Grants:
         flush: for small files they cost as much as the flush itself."""
         if self._memory_is_short:
             self.end_all()
-        if self.store.mover.is_awaited:
+        with suppress(OSError):  # the index takes nothing now: later
+            self.end(*islice(self._sources, max(0, len(self._sources) - self._limit)))
+        if self.store.mover.is_awaited or not self._wanted:
             return
+        if self.store.residency.under_pressure():
+            self._wanted.clear()
         for ino in list(self._wanted)[:AT_ONCE]:
             del self._wanted[ino]
             try:
@@ -66,21 +95,33 @@ class Grants:
                 log.debug("no grant for inode %d: %s", ino, e)
 
     def _give(self, ino: int) -> None:
-        if ino in self._sources or self._changing or self.store.residency.under_pressure():
+        inode = self.store.namespace.find(ino)
+        if inode is None or ino in self._sources:
+            self.renew(ino, inode)
             return
-        source = self._take_source(ino)
+        if self._changing:
+            return
+        source = self._take_source(inode)
         if source is None:
             return
         try:
-            self.transport.set_attributes(ino, getattr_answer(self.store.namespace.get(ino)))
+            self._tell_attributes(inode, source)
             self._tell(ino, source)  # the last step: from here on it may be in use
         except BaseException:
             self.transport.drop_attributes(ino)
             self.store.files.sources.release(source)
             raise
         self._sources[ino] = source
-        if len(self._sources) > self._limit:
-            self.end(next(iter(self._sources)))
+
+    def renew(self, ino: int, inode: Inode | None) -> None:
+        """Its row has changed."""
+        if inode is not None and (source := self._sources.get(ino)) is not None:
+            self._tell_attributes(inode, source)
+        else:
+            self.transport.drop_attributes(ino)
+
+    def _tell_attributes(self, inode: Inode, source: Source) -> None:
+        self.transport.set_attributes(inode.ino, getattr_answer(inode), source.fd if inode.home else -1)
 
     def _tell(self, ino: int, source: Source) -> None:
         """As handles.py announces a reader."""
@@ -91,20 +132,32 @@ class Grants:
         else:
             self.transport.grant(ino, source.fd, 0, flags | FOPEN_KEEP_CACHE, served=True)
 
-    def _take_source(self, ino: int) -> Source | None:
+    def _take_source(self, inode: Inode) -> Source | None:
         """The source that every handle of an inode shares, with one more user, if its opens may be answered without asking."""
+        files, live = self.store.files, self.store.files.live.get(inode.ino)
+        if live is not None and (live.directs or live.is_locked):
+            return None
+        source = self._staged_source(inode) if inode.home else self._object_source(inode)
+        if source is None or live is None or live.source in (None, source):
+            return source
+        files.sources.release(source)  # its handles use a double of the file
+        return None
+
+    def _staged_source(self, inode: Inode) -> Source | None:
+        if inode.home != Home.MEMORY:
+            return None
+        files = self.store.files
+        path = files.staged_path(inode)
+        return files.sources.take(("staged", inode.ino), lambda: media.open_file(path, os.O_RDONLY))
+
+    def _object_source(self, inode: Inode) -> Source | None:
         files, memory = self.store.files, self.store.residency.memory
-        inode, live = files.namespace.find(ino), files.live.get(ino)
-        if inode is None or inode.home or inode.oid is None or (live and (live.writers or live.directs or live.is_locked)):
+        if inode.oid is None:
             return None
         digest = files.index.object(inode.oid).digest
         if digest not in memory.objects:
             return None
-        source = files.sources.take(("object", digest), partial(memory.open_object, digest))
-        if live is None or live.source in (None, source):
-            return source
-        files.sources.release(source)  # its handles use a double of the file
-        return None
+        return files.sources.take(("object", digest), partial(memory.open_object, digest))
 
     def source_of(self, ino: int) -> Source | None:
         """What the handles of a grant read."""
@@ -167,4 +220,4 @@ class Grants:
             return
         source = self.store.files.sources.find(("object", self.store.index.object(inode.oid).digest))
         if source is not None:
-            self.end(*(other for other, found in self._sources.items() if found is source))
+            self.end(ino, *(other for other, found in self._sources.items() if found is source))

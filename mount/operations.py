@@ -20,6 +20,7 @@ import trio
 
 from cascadefs.errors import os_error
 from cascadefs.ext.listing import DOTS
+from cascadefs.live import Handle
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.answered import Answered
 from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
@@ -168,7 +169,7 @@ class Operations(pyfuse3.Operations):
             return self._told(linked)
         with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
             linked = self.names.link(inode, new_parent, new_name, op)
-        self.transport.drop_attributes(inode)
+        self.answered.grants.renew(inode, linked)
         self._folders_changed(new_parent)
         return self._told(linked)
 
@@ -206,7 +207,7 @@ class Operations(pyfuse3.Operations):
             with self.once.operation(ctx, new_parent) as op:
                 self.names.rename(parent, name, new_parent, new_name, flags, op)
             self._folders_changed(parent, new_parent)
-            self._forget_attributes((parent, name), (new_parent, new_name))
+            self._renew_attributes((parent, name), (new_parent, new_name))
             return
         with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
             moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags, op)
@@ -214,13 +215,13 @@ class Operations(pyfuse3.Operations):
         if replaced is not None:
             self._gone_name(new_parent, new_name, replaced.ino)
         self._folders_changed(parent, new_parent)
-        self._forget_attributes((new_parent, new_name))
+        self._renew_attributes((new_parent, new_name))
 
-    def _forget_attributes(self, *places: tuple[int, bytes]) -> None:
+    def _renew_attributes(self, *places: tuple[int, bytes]) -> None:
         """What was moved to these places has a new time of change."""
         for parent, name in places:
             if (moved := self.names.lookup(parent, name)) is not None:
-                self.transport.drop_attributes(moved.ino)
+                self.answered.grants.renew(moved.ino, moved)
 
     # --- folders
 
@@ -284,7 +285,9 @@ class Operations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             atime = attr.st_atime_ns if fields.update_atime else None
             self.files.set_times(inode, atime, attr.st_mtime_ns if fields.update_mtime else None)
-        return entry(self.files.attributes(inode))
+        found = self.names.get(inode)
+        self.answered.grants.renew(inode, found)
+        return entry(self.files.with_staged(found))
 
     def _changes(self, inode: Inode, attr: Entry, fields: pyfuse3.SetattrFields) -> dict[str, int]:
         columns: dict[str, int] = {}
@@ -340,6 +343,7 @@ class Operations(pyfuse3.Operations):
         if name == CAPABILITY:
             self.transport.set_capabilities(True)
         self.names.set_xattr(inode, name, value)
+        self.answered.grants.renew(inode, self.names.find(inode))
 
     async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:
         """REMOVEXATTR."""
@@ -376,6 +380,7 @@ class Operations(pyfuse3.Operations):
             self._gone_name(parent, name, gone.ino)
             raise
         self.files.lookups[inode.ino] = 1
+        self.answered.grants.opened(handle)
         return info, entry(inode)
 
     async def open(self, inode: int, flags: int, ctx: Context) -> Info:
@@ -387,14 +392,17 @@ class Operations(pyfuse3.Operations):
         request = self.once.request(ctx)
         self.handles.forget_request(request)
         if not flags & (WRITE_FLAGS | os.O_TRUNC):
-            info = self.handles.add(await self.files.open(inode, False), flags, request)
-            self.answered.grants.want(inode)
-            return info
+            return self._opened(await self.files.open(inode, False), flags, request)
         with self.answered.grants.held_back(inode):
             handle = await self.files.open(inode, bool(flags & WRITE_FLAGS), bool(flags & os.O_TRUNC))
         if flags & WRITE_FLAGS:
             self._strip_set_id(inode, ctx.uid)
-        return self.handles.add(handle, flags, request)
+        return self._opened(handle, flags, request)
+
+    def _opened(self, handle: Handle, flags: int, request: int) -> Info:
+        info = self.handles.add(handle, flags, request)
+        self.answered.grants.opened(handle)
+        return info
 
     def _open_text(self, inode: int, flags: int) -> Info:
         if flags & WRITE_FLAGS:

@@ -1,15 +1,19 @@
-"""Empty staged files made in advance, with backing id and handle: the transport answers CREATE with one, without waking Python.
+"""Empty staged files made in advance, with backing id and handle: the transport answers CREATE with one, without waking Python,
+and from then on OPEN for reading and GETATTR of the new file.
 
 Owns: the spares that were not given away or whose record was not read yet. Does not enter anything into the index. Invariants:
 (1) A spare lies in memory, as the new file would. None is offered unless the index will take its record: with a sound medium
     and the reserve of a full disk at hand.
 (2) Its backing id is in the mount's table from the beginning, so that a later worker closes it.
+(3) Its grant is there before anybody can know the inode; whoever takes() the file owns the grant, too (grants.py).
 """
 
 import logging
 import os
 from dataclasses import dataclass
 
+from cascadefs.live import Source
+from cascadefs.mount.attributes import NO_FILE_YET
 from cascadefs.mount.handles import Handles
 from cascadefs.name_ring import Created
 from cascadefs.store import Store
@@ -70,20 +74,25 @@ class Spares:
         self.handles.table.add_backing(backing_id)
         self._made[ino] = Spare(fh, fd, backing_id)
         self.transport.set_handle(fh, fd=fd, backing_id=backing_id, open_flags=self.handles.open_flags)
+        self.transport.set_attributes(ino, NO_FILE_YET, fd)
+        self.transport.grant(ino, fd, backing_id, self.handles.open_flags)
         self.transport.add_spare(ino, fh, fd, backing_id)
 
-    def take(self, one: Created) -> None:
+    def take(self, one: Created) -> Source:
         """This one was given away, and is in the index now: it is a file that somebody has open."""
         spare, files = self._made.pop(one.ino), self.store.files
         source = files.sources.take(("staged", one.ino), lambda: spare.fd)
         source.backing_id = spare.backing_id
         self.handles.take_spare(one, files.of(one.ino).enter(source, True))
         files.lookups[one.ino] = 1
+        return source
 
     def withdraw(self, connected: bool = True) -> None:
         """Give none away any more. What was given stays. `connected` False: the kernel has closed all backing ids itself."""
         while ino := self.transport.withdraw_spare():
             spare = self._made.pop(ino)
+            self.transport.revoke(ino)
+            self.transport.drop_attributes(ino)
             self.transport.drop_handle(spare.fh)
             if connected:
                 self.transport.backing_close(spare.backing_id)

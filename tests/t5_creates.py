@@ -10,10 +10,11 @@ from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
 
 from cascadefs import name_ring
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, NAME_RING_BYTES, SPARES_AT_MOST
+from cascadefs.mount.attributes import NO_FILE_YET
 from cascadefs.name_ring import NameRing
 from cascadefs.store import Store
 
-GETATTR = 3
+GETATTR, OPEN = 3, 14
 FOLDER, RESENT = 1, 1 << 63
 ATTRIBUTES = struct.Struct("<6Q10I")  # struct fuse_attr
 
@@ -37,12 +38,17 @@ class Maker(Wire):
         folder = ATTRIBUTES.pack(FOLDER, 0, 0, 1, 1, 1, 0, 0, 0, mode, 2, 0, gid, 0, 4096, 0)
         self.transport.set_attributes(FOLDER, struct.pack("<QII", 3600, 0, 0) + folder)
 
+    def ask_of(self, ino, opcode, body, unique=9):
+        self.kernel.send(struct.pack("<IIQQIIIHH", 40 + len(body), opcode, unique, ino, 11, 12, 13, 0, 0) + body)
+
     def offer(self, ino):
         (self.folder / "staged").mkdir(exist_ok=True)
         path = self.folder / "staged" / str(ino)
         path.touch()
         self.files[ino] = os.open(path, os.O_RDONLY)
         self.transport.set_handle(ino + 1000, fd=self.files[ino], backing_id=ino + 2000, open_flags=FOPEN_NOFLUSH)
+        self.transport.set_attributes(ino, NO_FILE_YET, self.files[ino])
+        self.transport.grant(ino, self.files[ino], ino + 2000, FOPEN_NOFLUSH)
         return self.transport.add_spare(ino, ino + 1000, self.files[ino], ino + 2000)
 
     def create(self, name, mode=0o100666, umask=0o22, unique=8, extensions=0):
@@ -90,6 +96,31 @@ def test_a_create_is_answered_with_a_spare_and_recorded(maker):
     maker.ask(GETATTR, bytes(16))  # the folder has changed at that time
     folder = ATTRIBUTES.unpack_from(maker.answered()[2], 16)
     assert (folder[4], folder[5], folder[7], folder[8]) == (s, s, ns, ns)
+
+
+def test_a_new_file_is_opened_and_looked_at_without_python(maker):
+    maker.transport.number_grants(500)
+    maker.offer(70)
+    maker.ask_of(70, GETATTR, bytes(16))  # nobody can know it yet
+    assert maker.forwarded()[0] == GETATTR
+    maker.create(b"block")
+    made = ATTRIBUTES.unpack_from(maker.answered()[2], 40)
+    maker.ask_of(70, OPEN, bytes(8))
+    assert maker.answered() == (0, 9, struct.pack("<QIi", 500, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, 2070))
+    path = maker.folder / "staged" / "70"
+    for mtime_ns in (1_000_000_001, 2_000_000_000 * 10**9 + 5):  # before its creation: its time of change stays, and after
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, ns=(1, mtime_ns))
+        maker.ask_of(70, GETATTR, bytes(16))
+        body = maker.answered()[2]
+        s, ns = divmod(mtime_ns, 10**9)
+        changed = (made[5], made[8]) if mtime_ns < maker.pending()[0].time_ns else (s, ns)
+        expected = (70, 5000, path.stat().st_blocks, made[3], s, changed[0], made[6], ns, changed[1], *made[9:])
+        assert struct.unpack_from("<QII", body) == (30, 0, 0)
+        assert ATTRIBUTES.unpack_from(body, 16) == expected
+    maker.transport.drop_attributes(70)
+    maker.ask_of(70, GETATTR, bytes(16))
+    assert maker.forwarded()[0] == GETATTR
 
 
 def test_a_setgid_folder_gives_its_group(maker):
