@@ -63,8 +63,12 @@ def _level(text: str) -> str:
 
 def default_store() -> Path:
     """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
-    scratch = os.environ.get("SCRATCH")
-    return Path(scratch) / "cascadefs" if scratch else Path.home() / ".local/share/cascadefs"
+    if scratch := os.environ.get("SCRATCH"):
+        return Path(scratch) / "cascadefs"
+    home = os.path.expanduser("~")  # without HOME: what the user database says; "~" or "" when it says nothing
+    if not os.path.isabs(home):
+        raise ConfigError("this user has no home folder to keep a store in; give one: --store DIR or CASCADEFS_STORE")
+    return Path(home) / ".local/share/cascadefs"
 
 
 def quarter_of_ram() -> int:

@@ -35,7 +35,7 @@ from cascadefs import media, sums
 from cascadefs.config import MIB
 from cascadefs.crash import point
 from cascadefs.doors import check_file, private_folder
-from cascadefs.errors import StoreError, from_sqlite
+from cascadefs.errors import StoreError, from_sqlite, os_error
 from cascadefs.health import Health
 from cascadefs.reserve import Reserve
 
@@ -90,11 +90,12 @@ class StoreIdentity:
     block_bytes: int
 
 
-def claim(folder: Path) -> int:
-    """A descriptor of `folder`, made when missing, that holds its exclusive lock. StoreError when somebody has it."""
+def claim(folder: Path, changes: bool = True) -> int:
+    """A descriptor of `folder`, made when missing, that holds its exclusive lock. StoreError when a mount has it, or when it
+    cannot be changed though the caller `changes` it."""
     check_store_folder(folder)
-    if media.make_folder(folder):
-        media.sync_folder(folder.parent)
+    if changes:
+        _make_writable_folder(folder)
     fd = media.open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,6 +103,16 @@ def claim(folder: Path) -> int:
         os.close(fd)
         raise StoreError(f"the store {folder} is in use by a live mount; unmount that one or give another --store") from None
     return fd
+
+
+def _make_writable_folder(folder: Path) -> None:
+    try:
+        if os.statvfs(folder if folder.exists() else folder.parent).f_flag & os.ST_RDONLY:
+            raise os_error(errno.EROFS)
+        if media.make_folder(folder):
+            media.sync_folder(folder.parent)
+    except OSError as e:
+        raise StoreError(f"the store {folder} cannot be written: {e.strerror}; see to that or give another --store") from e
 
 
 def read_identity(path: Path) -> StoreIdentity:

@@ -24,6 +24,7 @@ from cascadefs.bulk import Bulk, Waiting
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
+from cascadefs.descriptors import keep_reserve
 from cascadefs.errors import os_error
 from cascadefs.gaps import Gaps
 from cascadefs.live import Handle, Live, Source, Sources
@@ -102,7 +103,7 @@ class Files:
                 inode = self.namespace.get(ino)
             elif truncate:
                 media.truncate(self.staged_path(inode), 0)
-            handle = live.enter(await self._source_for(live, inode), writable)
+            handle = live.enter(await self._new_source_for(live, inode), writable)
             if handle.source is not None and not writable:
                 self.readers.add(ino)
             elif writable:
@@ -124,6 +125,12 @@ class Files:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
         point("created")
         fd, home = self._create_staged(inode.ino, Home(inode.home))
+        try:
+            keep_reserve(fd)
+        except OSError:
+            os.close(fd)
+            self.residency.tier_of(home).drop_staged(inode.ino)
+            raise
         if home != inode.home:
             try:
                 self.namespace.update(inode.ino, home=home)
@@ -251,6 +258,17 @@ class Files:
         if isinstance(source.key[1], bytes):
             self.residency.hits += 1
             self.residency.policy.touched(source.key[1])
+
+    async def _new_source_for(self, live: Live, inode: Inode) -> Source | None:
+        """The same for a program; ENFILE when only our own work may open one more."""
+        source = await self._source_for(live, inode)
+        if source is not None and source.users == 1:
+            try:
+                keep_reserve(source.fd)
+            except OSError:
+                self.sources.release(source)
+                raise
+        return source
 
     async def _source_for(self, live: Live, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""

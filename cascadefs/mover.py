@@ -20,6 +20,7 @@ import trio
 
 from cascadefs import scheduler
 from cascadefs.crash import point
+from cascadefs.descriptors import ROUND, share
 from cascadefs.errors import CorruptRecord, UnreadableCopy, os_error
 from cascadefs.ext import hashing
 from cascadefs.extent import OpenExtent
@@ -191,7 +192,7 @@ class Mover:
     def _choose(self, first: Sequence[int]) -> list[Object]:
         wanted = [found for oid in first if (found := self.index.find_oid(oid)) and not found.durable]
         chosen, total, now = list[Object](), 0, time.monotonic()
-        for found in [*wanted, *self.index.dirty(OBJECTS_PER_ROUND)]:
+        for found in [*wanted, *self.index.dirty(share(OBJECTS_PER_ROUND, ROUND))]:
             late = self._put_off_until.get(found.oid, 0.0) > now and found not in wanted
             if late or found.oid in self.unflushable or any(found.oid == c.oid for c in chosen[: len(wanted)]):
                 continue

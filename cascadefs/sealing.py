@@ -25,6 +25,7 @@ from cascadefs import media
 from cascadefs.bulk import NewObject, Shown, Waiting
 from cascadefs.config import FILE_BYTES_MAX, MIB
 from cascadefs.crash import point
+from cascadefs.descriptors import ROUND, share
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files, changed_ns
@@ -93,10 +94,11 @@ class Sealer:
 
     def batches(self, inos: Sequence[int]) -> Iterator[list[int]]:
         """In groups of at most BATCH_FILES and about BATCH_BYTES; what is read is as of the moment a group is asked for."""
-        for at in range(0, len(inos), BATCH_FILES):
+        most = share(BATCH_FILES, ROUND)
+        for at in range(0, len(inos), most):
             group, total = list[int](), 0
-            found = self.files.bulk.staged(inos[at : at + BATCH_FILES])
-            for ino in inos[at : at + BATCH_FILES]:
+            found = self.files.bulk.staged(inos[at : at + most])
+            for ino in inos[at : at + most]:
                 size = self._staged_bytes(found[ino]) if ino in found else 0
                 if group and total + size > BATCH_BYTES:
                     yield group

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from cascadefs.crash import point
+from cascadefs.descriptors import ROUND, share
 from cascadefs.errors import UnreadableCopy
 from cascadefs.extent import OpenExtent
 from cascadefs.files import Files
@@ -36,8 +37,9 @@ class Straight:
     async def run(self, inos: Sequence[int], limit_bytes: int, outcome: Outcome) -> None:
         """Make durable what can be, some `limit_bytes` at a time; `outcome.sealed` tells which. The index is not synced yet."""
         async with self._turn:
-            for at in range(0, len(inos), FILES):
-                await self._run_some(inos[at : at + FILES], limit_bytes, outcome)
+            some = share(FILES, ROUND)
+            for at in range(0, len(inos), some):
+                await self._run_some(inos[at : at + some], limit_bytes, outcome)
 
     async def _run_some(self, inos: Sequence[int], limit_bytes: int, outcome: Outcome) -> None:
         opened, total = list[Staged](), 0

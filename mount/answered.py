@@ -36,12 +36,13 @@ class Answered:
 
     def prepare(self, handler: str) -> None:
         """Before a handler: it must know the names that the transport has made and removed. If the index cannot take them now,
-        a handler that could miss them fails, others go on."""
+        a handler that could miss them fails, others go on. Of the grants that came with those names the oldest make room."""
         try:
             self.take_names()
         except OSError:
             if handler in OF_NAMES:
                 raise
+        self.grants.trim()
 
     def offer(self) -> bool:
         """Let the transport answer changes of names while the index will take them; whether there is more to prepare."""

@@ -3,6 +3,7 @@
 Commands talk to a running mount through the mount itself (`.cascade/`), so they need no socket and no pid file.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -50,13 +51,32 @@ class Group(click.Group):
         found: click.Command = getattr(importlib.import_module(f"cascadefs.mount.{module}"), function)
         return found
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run."""
+        hold_standard_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
         except UserError as e:
             click.echo(f"cascadefs: {e}", err=True)
-            sys.exit(1)
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # whoever read our output has gone: click ends quietly
+                raise
+            click.echo(f"cascadefs: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", err=True)
+        sys.exit(1)
+
+
+def hold_standard_streams() -> None:
+    """Descriptors 0 to 2 that were closed (cron, some launchers) lead to /dev/null: else files and sockets of ours would get
+    these numbers, and what is printed would go there."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
 
 
 @click.group(cls=Group, context_settings=CONTEXT)

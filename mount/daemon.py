@@ -13,7 +13,6 @@ import ctypes
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 from collections import Counter
@@ -46,6 +45,7 @@ log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 2 * LARGEST_SPLICED_READ >> 10
 ANSWER_S = 20
 CATCH_UP_S, HURRY_S = 0.01, 0.001
+UNMOUNTING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 QUIET_ROUNDS, DOZE_S = 10, 1.0  # without a request; then nothing is looked at for so long, or until one comes
 M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
 PASSTHROUGH_SINCE = (6, 9)
@@ -136,7 +136,6 @@ class Daemon:
     async def run(self, report: Report) -> None:
         """Serve until unmounted."""
         signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody breaks while we look is no reason to die
-        raise_limits()
         gc.freeze()  # what is here now stays: the collector need not look at it again and again
         gc.set_threshold(GC_THRESHOLD)
         gc.enable()
@@ -220,7 +219,7 @@ class Daemon:
         return not slept.cancelled_caught
 
     async def _unmount_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(*UNMOUNTING) as signals:
             async for number in signals:
                 log.info("signal %d: unmounting", number)
                 await trio.to_thread.run_sync(lambda: device.unmount(self.wanted.mountpoint, lazy=True))
@@ -246,12 +245,6 @@ class Daemon:
             self.store.release_memory()
         self.store.close()
         log.info("unmounted; the daemon leaves")
-
-
-def raise_limits() -> None:
-    """As many descriptors as the system allows: open files and spares have one each."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def share_arenas() -> None:

@@ -13,13 +13,13 @@ Owns: the grants. Each holds its file's source open (live.py) like a user of it.
 
 import logging
 import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 
 from cascadefs import media
+from cascadefs.descriptors import keep_reserve, share
 from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE
 from cascadefs.live import Handle, Source
 from cascadefs.mount.attributes import getattr_answer
@@ -42,7 +42,7 @@ class Grants:
         self._wanted: dict[int, None] = {}
         self._changing = 0
         self._memory_is_short = False
-        self._limit = min(LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._limit = share(LIMIT, 4)
         self.transport.number_grants((handles.table.generation << 32) + FIRST)
         store.files.sealed, store.files.deleting, store.files.recall = self.want, self.end_deleted, self.end
         store.residency.before_eviction = self._want_memory
@@ -81,8 +81,7 @@ class Grants:
         flush: for small files they cost as much as the flush itself."""
         if self._memory_is_short:
             self.end_all()
-        with suppress(OSError):  # the index takes nothing now: later
-            self.end(*islice(self._sources, max(0, len(self._sources) - self._limit)))
+        self.trim()
         if self.store.mover.is_awaited or not self._wanted:
             return
         if self.store.residency.under_pressure():
@@ -93,6 +92,11 @@ class Grants:
                 self._give(ino)
             except OSError as e:
                 log.debug("no grant for inode %d: %s", ino, e)
+
+    def trim(self) -> None:
+        """The oldest beyond the limit end."""
+        with suppress(OSError):  # the index takes nothing now: later
+            self.end(*islice(self._sources, max(0, len(self._sources) - self._limit)))
 
     def _give(self, ino: int) -> None:
         inode = self.store.namespace.find(ino)
@@ -105,6 +109,7 @@ class Grants:
         if source is None:
             return
         try:
+            keep_reserve(source.fd)
             self._tell_attributes(inode, source)
             self._tell(ino, source)  # the last step: from here on it may be in use
         except BaseException:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from cascadefs.config import Configuration, Settings
 from cascadefs.database import claim
+from cascadefs.descriptors import raise_limit
 from cascadefs.errors import UserError
 from cascadefs.mount import daemon, device, table
 from cascadefs.mount.daemon import Mounting
@@ -37,6 +38,12 @@ SHORT_LIFE_S = 1.0
 CRASHES_MAX, KILLS_MAX = 5, 2000
 UPGRADE_SIGNAL = signal.SIGUSR1
 CHECK_S = 30
+# Signals that would end a process and mean nothing here. SIGINT and SIGQUIT come from a terminal to all of its processes: there
+# the worker unmounts.
+HARMLESS = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF,
+            signal.SIGIO, signal.SIGXCPU, signal.SIGXFSZ, signal.SIGPWR, signal.SIGSTKFLT,
+            *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))  # fmt: skip
+KEEPER_SCORE = -1000  # the kernel, short of memory, ends others first: the keeper has little to give back
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +86,13 @@ class Keeper:
         self.wanted, self.claim_fd, self.table, self.device, self.worker = wanted, claim_fd, kept, device, worker
         self._deaths: list[Death] = []
         self._started = 0.0
+        self._workers_score = 0
 
     def run(self, report: int | None) -> int:
         """Until the mount is gone; the exit code. `report`: a pipe for the first words of the first worker."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes to the whole terminal: the worker unmounts
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(UPGRADE_SIGNAL, self._upgrade)
+        self._arrange_signals()
+        self._workers_score = oom_score()
+        set_oom_score(KEEPER_SCORE)
         if self.device is None:
             self._start(report)
         else:
@@ -103,6 +111,15 @@ class Keeper:
             log.error("the worker died: %s; starting the next", death)
             time.sleep(pause)
             self._start(None)
+
+    def _arrange_signals(self) -> None:
+        """None but SIGKILL ends the keeper before its worker: a worker without a keeper is not replaced when it dies."""
+        for number in HARMLESS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._stop)
+        if self.wanted.log_to_file or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps a foreground mount
+            signal.signal(signal.SIGHUP, self._stop)
+        signal.signal(UPGRADE_SIGNAL, self._upgrade)
 
     def _start(self, report: int | None) -> None:
         """The next worker. The first one mounts and hands the device over."""
@@ -127,6 +144,7 @@ class Keeper:
         """In the child."""
         for number in (signal.SIGINT, signal.SIGTERM, UPGRADE_SIGNAL):
             signal.signal(number, signal.SIG_DFL)
+        set_oom_score(self._workers_score)
         with contextlib.suppress(BaseException):
             os._exit(daemon.work(self.wanted, self.claim_fd, self.table.fd, self.device, door, report))
         os._exit(1)
@@ -145,7 +163,7 @@ class Keeper:
         self._start(None)
 
     def _stop(self, number: int, frame: object) -> None:
-        """SIGTERM to the keeper means the mount: a worker that finds it gone flushes and leaves."""
+        """SIGTERM or SIGHUP to the keeper means the mount: a worker that finds it gone flushes and leaves."""
         with contextlib.suppress(UserError):
             device.unmount(self.wanted.mountpoint, lazy=True)
 
@@ -183,8 +201,21 @@ class Keeper:
         )
 
 
+def oom_score() -> int:
+    """How willingly the kernel, short of memory, ends what is started here; a keeper that exec() replaced does not count."""
+    found = int(Path("/proc/self/oom_score_adj").read_text())
+    return 0 if found == KEEPER_SCORE else found
+
+
+def set_oom_score(score: int) -> None:
+    """Of this process; only root may lower it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+
+
 def keep(wanted: Mounting, report: int | None) -> int:
     """Claim the store and keep a new mount of it; the exit code. UserError before anything is touched."""
+    raise_limit()
     device.check_mountpoint(wanted.mountpoint)
     return Keeper(wanted, claim(wanted.configuration.settings.store), Table.make(), None, None).run(report)
 

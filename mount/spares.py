@@ -12,6 +12,7 @@ import logging
 import os
 from dataclasses import dataclass
 
+from cascadefs.descriptors import keep_reserve, share
 from cascadefs.live import Source
 from cascadefs.mount.attributes import NO_FILE_YET
 from cascadefs.mount.handles import Handles
@@ -38,6 +39,7 @@ class Spares:
     def __init__(self, store: Store, handles: Handles) -> None:
         self.store, self.handles, self.transport = store, handles, handles.transport
         self._made: dict[int, Spare] = {}
+        self._target = share(TARGET, 8)
 
     @property
     def count(self) -> int:
@@ -49,13 +51,13 @@ class Spares:
         if not self._may_be_given():
             self.withdraw()
             return False
-        for _ in range(min(AT_ONCE, TARGET - len(self._made))):
+        for _ in range(min(AT_ONCE, self._target - len(self._made))):
             try:
                 self._make()
             except OSError as e:
                 log.debug("no spare file: %s", e)
                 return False
-        return len(self._made) < TARGET
+        return len(self._made) < self._target
 
     def _may_be_given(self) -> bool:
         database = self.store.database
@@ -66,6 +68,7 @@ class Spares:
         memory, ino, fh = self.store.residency.memory, self.store.namespace.reserve_ino(), self.handles.number()
         fd = memory.create_staged(ino)
         try:
+            keep_reserve(fd)
             backing_id = self.transport.backing_open(fd)
         except BaseException:
             os.close(fd)

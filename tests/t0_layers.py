@@ -9,6 +9,7 @@ ROOT = Path(cascadefs.__file__).parent
 ORDER = [
     ["ext"],
     ["errors", "types", "config", "crash"],
+    ["descriptors"],
     ["doors"],
     ["record", "manifest", "name_ring"],
     ["media", "health"],

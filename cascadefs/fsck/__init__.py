@@ -81,7 +81,7 @@ def _repaired(repairer: Repairer, findings: list[Finding]) -> None:
 def _checked(store: Path, shm_dir: Path, progress: Progress) -> tuple[Report, Places]:
     if not (store / "store.json").exists():
         raise StoreError(f"{store} is no cascadefs store: store.json is missing")
-    lock = claim(store)
+    lock = claim(store, changes=False)
     try:
         return check(store, shm_dir, progress)
     finally:

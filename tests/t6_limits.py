@@ -1,0 +1,165 @@
+"""The limits and the surroundings of the processes: few descriptors, closed streams, no home, signals, a read-only disk."""
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import CASCADEFS, Mount, cascadefs, need_root_and_fuse
+
+FEW = 128
+
+
+def limited(number):
+    """What a child does before exec()."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+
+
+def run(*words, **how):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
+    how = {"stdin": subprocess.DEVNULL, "env": environ} | how
+    return subprocess.run([*CASCADEFS, *map(str, words)], capture_output=True, text=True, timeout=120, check=False, **how)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    need_root_and_fuse()
+    found = Mount(tmp_path, "--shm-size", "64MiB")
+    yield found
+    found.clean()
+
+
+def test_too_few_descriptors_are_refused_and_nothing_is_touched(mount):
+    done = run("mount", mount.path, "--store", mount.store, preexec_fn=limited(FEW // 2))
+    assert done.returncode == 1 and "ulimit" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not mount.store.exists() and not mount.path.exists()
+
+
+@pytest.mark.parametrize("mode", [(), ("--no-passthrough",)])
+def test_with_few_descriptors_programs_are_told_and_everything_is_flushed(mount, mode):
+    done = run("mount", mount.path, "--store", mount.store, *mount.options, *mode, preexec_fn=limited(FEW))
+    assert done.returncode == 0, done.stderr
+    contents = {f"f{i}": os.urandom(20_000) for i in range(400)}
+    for name, data in contents.items():
+        (mount.path / name).write_bytes(data)
+    with contextlib.ExitStack() as held:
+        with pytest.raises(OSError) as refused:
+            for name in contents:
+                held.enter_context(open(mount.path / name, "rb"))
+        assert refused.value.errno == errno.ENFILE
+        mount.flush()
+        assert mount.status()["pending_bytes"] == 0
+    assert {name: (mount.path / name).read_bytes() for name in contents} == contents
+    mount.stop()
+    assert "Too many open files" not in (mount.store / "cascadefs.log").read_text()
+
+
+# --- signals
+
+
+def wait_for_end(mount):
+    end = time.monotonic() + 60
+    while os.path.ismount(mount.path) or not (mount.store / "cascadefs.log").read_text().rstrip().endswith("leaves"):
+        assert time.monotonic() < end, "the mount did not end"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("to", ["keeper_pid", "worker_pid"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hangup_is_as_good_as_sigterm(mount, number, to):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    os.kill(mount.status()[to], number)
+    wait_for_end(mount)
+    mount.start()
+    assert (mount.path / "f").read_bytes() == b"kept" * 1000
+
+
+def test_no_stray_signal_ends_the_keeper(mount):
+    mount.start()
+    before = mount.status()
+    stray = {signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE, signal.SIGIO, signal.SIGINT, signal.SIGQUIT, signal.SIGRTMIN + 3}
+    for number in stray:
+        os.kill(before["keeper_pid"], number)
+    time.sleep(0.2)  # a signal that ends a process does so at once
+    after = mount.status()
+    assert (after["keeper_pid"], after["worker_pid"]) == (before["keeper_pid"], before["worker_pid"])
+
+
+# --- streams and folders
+
+
+def test_closed_standard_streams(mount):
+    streams = "<&- >&- 2>&-"
+    command = f'"$0" -m cascadefs.mount.cli mount "$1" --store "$2" --shm-size 64MiB {streams}'
+    words = ["sh", "-c", command, CASCADEFS[0], mount.path, mount.store]
+    assert subprocess.run(words, timeout=60, check=False).returncode == 0
+    (mount.path / "f").write_bytes(b"kept")
+    words[2] = f'"$0" -m cascadefs.mount.cli umount "$1" {streams}'
+    assert subprocess.run(words, timeout=60, check=False).returncode == 0
+    mount.start()
+    assert (mount.path / "f").read_bytes() == b"kept"
+
+
+def without(*names):
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("CASCADEFS_")}
+
+
+def test_without_a_home_a_store_must_be_named(mount):
+    environ = without("HOME", "SCRATCH")
+    unknown = ("setpriv", "--reuid", "4242", "--clear-groups", "--inh-caps", "+dac_read_search",
+               "--ambient-caps", "+dac_read_search")  # fmt: skip
+    words = [*unknown, *CASCADEFS, "mount", mount.path]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "--store" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run("mount", mount.path, "--store", mount.store, *mount.options, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert run("umount", mount.path, env=environ).returncode == 0
+
+
+def test_a_working_folder_that_is_gone(mount, tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    words = ["sh", "-c", command, "sh", tmp_path / "gone", *CASCADEFS]
+    for rest in (["mount", mount.path, "--store", mount.store, *mount.options], ["status", mount.path], ["umount", mount.path]):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        done = subprocess.run([*words, *rest], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "gone").mkdir(exist_ok=True)
+    done = subprocess.run([*words, "mount", "mnt", "--store", "s"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+
+
+# --- a disk that cannot be written
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    need_root_and_fuse()
+    (tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "cascadefs-test", tmp_path / "disk"], check=True)
+
+    def close():
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
+        return tmp_path / "disk"
+
+    yield close
+    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+
+
+def test_a_store_on_a_read_only_disk_is_refused_and_can_be_checked(read_only, tmp_path):
+    first = Mount(tmp_path / "disk", "--shm-size", "64MiB").start()
+    (first.path / "f").write_bytes(b"kept" * 1000)
+    first.stop("--drop-memory")
+    disk = read_only()
+    for store in (disk / "store", disk / "new"):
+        done = cascadefs("mount", tmp_path / "mnt", "--store", store)
+        assert done.returncode == 1 and "Read-only" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "mnt").exists()
+    assert cascadefs("fsck", disk / "store").returncode == 0
+    done = cascadefs("rebuild-index", disk / "store")
+    assert done.returncode == 1 and "Read-only" in done.stderr and len(done.stderr.splitlines()) == 1
