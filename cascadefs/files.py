@@ -1,7 +1,7 @@
 """The life of a file's bytes while it is used: open, copy on write, truncate, release, delete.
 
-Owns: live inodes and the transition object -> staged (sealing.py owns the way back). Knows no names beyond inodes and no
-FUSE. Invariants:
+Owns: live inodes and the transition object -> staged (sealing.py owns the way back); owners.py says whose file is whose. Knows
+no names beyond inodes and no FUSE. Invariants:
 (1) Transitions of one inode happen under its lock; after each await inside, what was read before is read again.
 (2) The file gets its new name before the transaction, and loses the old one after: a crash leaves one name too many, never
     one too few; recovery removes the one that the index does not know.
@@ -13,7 +13,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,9 +29,9 @@ from cascadefs.errors import os_error
 from cascadefs.gaps import Gaps
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
+from cascadefs.owners import Owners
 from cascadefs.read_ahead import ReadAhead
 from cascadefs.residency import NO_ROOM, Residency
-from cascadefs.tiers.files import FileTier
 from cascadefs.types import Home, Inode, Location, Object
 
 FEW = 256  # orphans may be many when files are removed: so many inodes are asked about one by one before all orphans are read
@@ -47,14 +47,12 @@ class Files:
         self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
         self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
+        self.owners = Owners(residency)
         self.read_ahead = ReadAhead(residency, settings.promote_limit)
         self.gaps = Gaps(residency.memory, residency.memory.pages)
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
-        self.maps_unseen = False  # whether mappings outlive their handles unseen, as they do in passthrough
-        self.readers: set[int] = set()  # inodes opened for reading since the kernel knows them: they may be mapped
-        self.readers_unknown = False  # a kernel may map files that were opened in an earlier worker's time
         self.unchanged: set[int] = set()  # staged inodes that straight.py reads: whoever may change one takes it out
         self.last_use = 0.0  # time.monotonic() of the last open or close; see quiet_s()
         self._memory_used = 0
@@ -66,7 +64,6 @@ class Files:
         self.left_stream: Callable[[int], None] = nobody_waits  # an inode that handles stream got a staged file
         self.deleting: Callable[[int], None] = nobody_waits  # an inode is about to be deleted
         self.recall: Callable[..., None] = nobody_waits  # nobody opens these inodes unseen any more, and who did is known
-        self.moved: Callable[[list[tuple[int, bytes]]], Awaitable[None]] = nobody_else_knows  # names lead to another inode now
 
     def of(self, ino: int) -> Live:
         """The running state of an inode, made when missing."""
@@ -90,7 +87,7 @@ class Files:
     # --- open and release
 
     async def open(self, ino: int, writable: bool, truncate: bool = False) -> Handle:
-        """Open for reading or writing. ESTALE: look the name up again (another inode stands behind it now)."""
+        """Open for reading or writing."""
         live = self.of(ino)
         self.last_use = time.monotonic()
         await live.acquire()
@@ -103,10 +100,8 @@ class Files:
                 inode = self.namespace.get(ino)
             elif truncate:
                 media.truncate(self.staged_path(inode), 0)
-            handle = live.enter(await self._new_source_for(live, inode), writable)
-            if handle.source is not None and not writable:
-                self.readers.add(ino)
-            elif writable:
+            handle = live.enter(await self._new_source_for(inode), writable)
+            if writable:
                 self._look_for_gaps(ino)
             return handle
         finally:
@@ -116,10 +111,9 @@ class Files:
     def inherit(self, ino: int, writable: bool, direct: bool) -> Handle:
         """A handle that an earlier process opened and the kernel still has. The row tells which file is behind it."""
         inode = self.namespace.get(ino)
-        live = self.of(ino)
         if writable and inode.home == Home.MEMORY:
             self.gaps.look(ino)
-        return live.enter(self._open_source(live, inode), writable, direct)
+        return self.of(ino).enter(self._open_source(inode, not direct), writable, direct)
 
     def create_content(self, inode: Inode) -> Handle:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
@@ -137,7 +131,7 @@ class Files:
             except BaseException:
                 os.close(fd)
                 raise
-        return self.of(inode.ino).enter(self.sources.take(("staged", inode.ino), lambda: fd), True)
+        return self.of(inode.ino).enter(self.sources.take(inode.ino, lambda: fd), True)
 
     def create(self, make: Callable[[], Inode]) -> tuple[Inode, Handle]:
         """A new inode, which `make` inserts, with its empty staged file and the creator's handle: all of it or nothing."""
@@ -163,6 +157,7 @@ class Files:
         self.last_use = time.monotonic()
         if handle.source is not None:
             self.sources.release(handle.source)
+            self.owners.left(handle.ino)
         if handle.writable and not live.writers:
             self.gaps.forget(handle.ino)
             self.seal_soon(handle.ino)
@@ -182,7 +177,6 @@ class Files:
         """The same of many that are not among `lookups`. The kernel forgets a hundred thousand at once: nothing is done for
         each, and one question tells the few without a name."""
         unused = inos - {ino for ino in self.live.keys() & inos if not self._is_unused(ino)}
-        self.readers -= unused
         if len(unused) > FEW:
             unused &= set(self.namespace.orphans())
         for ino in unused:
@@ -195,10 +189,7 @@ class Files:
             if live.handles or live.is_locked:
                 return False
             del self.live[ino]
-        if ino in self.lookups:
-            return False
-        self.readers.discard(ino)
-        return True
+        return ino not in self.lookups
 
     def _leave_if_orphan(self, ino: int) -> None:
         inode = self.namespace.find(ino)
@@ -238,7 +229,7 @@ class Files:
         for inode in inodes:
             self.deleting(inode.ino)
         oids = {oid for inode in inodes for oid in (inode.oid, inode.durable_oid) if oid}
-        digests = [self.index.object(oid).digest for oid in oids]
+        digests = {oid: self.index.object(oid).digest for oid in oids}
         with self.database.transaction():
             for inode in inodes:
                 self.dead += self.index.set_content(inode.ino, Home.NONE, None, 0)
@@ -249,74 +240,74 @@ class Files:
             self.to_seal.pop(inode.ino, None)
             if inode.home:
                 self.residency.tier_of(inode.home).drop_staged(inode.ino)
-        self.residency.tidy(digests)
+            self.owners.gone(inode.ino, digests.get(inode.oid) if inode.oid else None)
+        self.residency.tidy(list(digests.values()))
 
     def read_without_us(self, ino: int, source: Source) -> None:
         """Somebody has opened an inode for reading, by a source that is open; we only hear of it."""
         self.last_use = time.monotonic()
-        self.readers.add(ino)
-        if isinstance(source.key[1], bytes):
+        if source.digest is not None:
             self.residency.hits += 1
-            self.residency.policy.touched(source.key[1])
+            self.residency.policy.touched(source.digest)
 
-    async def _new_source_for(self, live: Live, inode: Inode) -> Source | None:
+    async def _new_source_for(self, inode: Inode) -> Source | None:
         """The same for a program; ENFILE when only our own work may open one more."""
-        source = await self._source_for(live, inode)
+        source = await self._source_for(inode)
         if source is not None and source.users == 1:
             try:
                 keep_reserve(source.fd)
             except OSError:
                 self.sources.release(source)
+                self.owners.left(inode.ino)
                 raise
         return source
 
-    async def _source_for(self, live: Live, inode: Inode) -> Source | None:
+    async def _source_for(self, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""
-        source = self._open_source(live, inode)
-        if source is not None:
-            self.residency.hits += source.key[0] == "object"
-            if inode.oid is not None and self.read_ahead.opened(source.key[1]):
-                self.read_ahead.asked(self.index.object(inode.oid))
+        source = self._open_source(inode)
+        if inode.oid is None:
             return source
+        found = self.index.object(inode.oid)
+        if self.residency.holder(found.digest) is not None or source is not None:
+            self.residency.hits += 1
+            if self.read_ahead.opened(found.digest):
+                self.read_ahead.asked(found)
+        else:
+            self.residency.misses += 1
+        if source is not None or found.size_bytes > self.settings.promote_limit:
+            return source
+        if self.residency.holder(found.digest) is None:
+            self.read_ahead.asked(found)
+            if not await self.residency.promote(found):
+                return None
+            self.read_ahead.opened(found.digest)
+            source = self._open_source(inode)
+        return source or await self.owners.copy(inode.ino, found)
+
+    def _open_source(self, inode: Inode, is_known: bool = False) -> Source | None:
+        """The same from what is here: an open source, the staged file, a copy of the object that may serve this inode (if
+        `is_known`, does so); None when there is none."""
+        if (source := self.sources.of(inode.ino)) is not None:
+            return self.sources.share(source)
+        if inode.home:
+            return self.sources.take(inode.ino, partial(media.open_file, self.staged_path(inode), os.O_RDONLY))
         if inode.oid is None:
             return None
         found = self.index.object(inode.oid)
-        self.residency.misses += 1
-        if found.size_bytes > self.settings.promote_limit:
-            return None
-        self.read_ahead.asked(found)
-        if not await self.residency.promote(found):
-            return None
-        self.read_ahead.opened(found.digest)
-        return self._open_source(live, inode)
-
-    def _open_source(self, live: Live, inode: Inode) -> Source | None:
-        """The same from what is here: an open source, the staged file, a copy of the object; None when there is none."""
-        if live.source is not None:
-            return self.sources.share(live.source)
-        if inode.home:
-            path = self.staged_path(inode)
-            return self.sources.take(("staged", inode.ino), lambda: media.open_file(path, os.O_RDONLY))
-        digest = self.index.object(inode.oid).digest if inode.oid is not None else b""
-        tier = self.residency.holder(digest)
-        if tier is None:
-            return None
-        if tier is self.residency.memory:
-            self.residency.policy.touched(digest)
-        return self.sources.take(("object", digest), lambda: tier.open_object(digest))
+        return self.owners.inherit(inode.ino, found) if is_known else self.owners.open(inode.ino, found)
 
     # --- object -> staged: a writer comes
 
     async def _stage(self, live: Live, inode: Inode, cut_at: int | None) -> None:
         """Give an inode a staged file with its bytes (the first `cut_at` of them). Holds the lock of the inode."""
         found = self.index.object(inode.oid) if inode.oid is not None else None
-        taken: FileTier | None = None
-        if found is None or (cut_at == 0 and live.source is None and not self._is_mapped(found)):
+        taken = await self.owners.hand_over(inode.ino, found, cut_at != 0) if found is not None else None
+        if taken is not None:
+            home = self.residency.home_of(taken)
+        elif found is None or cut_at == 0:
             home = self.residency.home_for_new()
             fd, home = self._create_staged(inode.ino, home)
             os.close(fd)
-        elif (taken := await self._take_over(live, inode, found)) is not None:
-            home = self.residency.home_of(taken)
         else:
             home = await self._stage_copy(inode, found)
         try:
@@ -327,11 +318,11 @@ class Files:
             point("staged")
             self.dead += self.index.set_content(inode.ino, home, None, inode.size)
         except BaseException:
-            self._unstage(live, inode.ino, home, found)
+            with contextlib.suppress(OSError):  # the name stays, and nothing reads it: the next _stage() replaces it
+                self.residency.tier_of(home).drop_staged(inode.ino)
             raise
-        if found is not None and taken is not None:
-            self.residency.drop(taken, found.digest)
-        elif found is not None:
+        if found is not None:
+            self.owners.handed_over(inode.ino, found, taken)
             self.residency.tidy([found.digest])
         if cut_at is not None:  # not before the row says so: until then these bytes may be the only copy of the object
             media.truncate(path, cut_at)
@@ -347,65 +338,18 @@ class Files:
                 raise
         return self.residency.parking.create_staged(ino), Home.COLD
 
-    def _unstage(self, live: Live, ino: int, home: Home, found: Object | None) -> None:
-        """The transaction of _stage() failed: the inode shows its object as before."""
-        if live.source is not None and found is not None and live.source.key == ("staged", ino):
-            self.sources.rename(live.source, ("object", found.digest))
-        with contextlib.suppress(OSError):  # the name stays, and nothing reads it: the next _stage() replaces it
-            self.residency.tier_of(home).drop_staged(ino)
-
-    async def _take_over(self, live: Live, inode: Inode, found: Object) -> FileTier | None:
-        """The object's own file becomes the staged one, so that readers of this inode see the writes. None: copy instead.
-
-        ESTALE when readers of other inodes hold that file: the names move to a new inode, the readers keep the old.
-        """
-        tier = self.residency.holder(found.digest)
-        shared = self.index.refs(found.oid) > 1 and not found.durable
-        twins = [ino for ino in self.index.inodes_of(found.oid) if ino != inode.ino]
-        if live.source is None:
-            if tier is None or shared or self.sources.find(("object", found.digest)) is not None:
-                return None
-            if twins and tier.is_used_unseen(found.digest):
-                return None
-            tier.unadopt(found.digest, inode.ino)
-            return tier
-        assert tier is not None and live.source.key == ("object", found.digest)
-        if shared and live.source.users == live.sourced:
-            other = self.residency.parking if tier is self.residency.memory else self.residency.memory
-            await trio.to_thread.run_sync(other.copy_object, live.source.fd, found.digest)
-        if live.source.users > live.sourced or (twins and self._may_be_mapped(twins)):
-            await self._move_names(inode.ino)
-            raise os_error(errno.ESTALE, f"inode {inode.ino}")
-        tier.unadopt(found.digest, inode.ino)
-        self.sources.rename(live.source, ("staged", inode.ino))
-        return tier
-
-    def _may_be_mapped(self, inos: list[int]) -> bool:
-        """Whether a mapping of one of these inodes may exist that no handle tells of."""
-        return self.maps_unseen and (self.readers_unknown or not self.readers.isdisjoint(inos))
-
-    def _is_mapped(self, found: Object) -> bool:
-        """Whether mappings of the only inode that shows this object will have to see what is written next."""
-        tier = self.residency.holder(found.digest)
-        return tier is not None and len(self.index.inodes_of(found.oid)) == 1 and tier.is_used_unseen(found.digest)
-
-    async def _move_names(self, ino: int) -> None:
-        with self.database.transaction():
-            new = self.namespace.replace_inode(ino)
-            self.index.ref_copies(new)
-        await self.moved(self.namespace.names_of(new))
-
     async def _stage_copy(self, inode: Inode, found: Object) -> Home:
-        """A fresh staged file, filled from the best copy."""
-        holder = self.residency.holder(found.digest)
-        if holder is None:
-            self.residency.make_room(found.size_bytes)
-            return await self.fill_staged(inode.ino, partial(self.residency.materialize, self.index.blocks(found.oid)))
-        fd = holder.open_object(found.digest)
-        try:
-            return await self.fill_staged(inode.ino, partial(self.residency.memory.copy_in, fd))
-        finally:
-            os.close(fd)
+        """A fresh staged file, filled from the best copy; once more when the owner of that began to write to it meanwhile."""
+        while (holder := self.residency.holder(found.digest)) is not None:
+            fd = holder.open_object(found.digest)
+            try:
+                home = await self.fill_staged(inode.ino, partial(self.residency.memory.copy_in, fd))
+                if holder.is_copy(fd, found.digest):
+                    return home
+            finally:
+                os.close(fd)
+        self.residency.make_room(found.size_bytes)
+        return await self.fill_staged(inode.ino, partial(self.residency.materialize, self.index.blocks(found.oid)))
 
     async def fill_staged(self, ino: int, fill: Callable[[str], None]) -> Home:
         """A staged file that `fill` makes at the path that it is given, in a thread; on the disk when memory refuses it."""
@@ -424,7 +368,7 @@ class Files:
                 return home
 
     async def truncate(self, ino: int, size_bytes: int, by_handle: bool = False) -> None:
-        """truncate(2), by path or by handle. ESTALE as in open(); EFBIG beyond FILE_BYTES_MAX.
+        """truncate(2), by path or by handle. EFBIG beyond FILE_BYTES_MAX.
 
         As on tmpfs: by path and to the same size it moves the times of a file that has blocks, by handle those of any."""
         if size_bytes > FILE_BYTES_MAX:
@@ -486,10 +430,6 @@ class Files:
 
 def nobody_waits(*inos: int) -> None:
     """Without a mount."""
-
-
-async def nobody_else_knows(names: list[tuple[int, bytes]]) -> None:
-    """Without a mount nobody has looked names up."""
 
 
 def changed_ns(inode: Inode | Waiting, mtime_ns: int) -> int:

@@ -88,9 +88,14 @@ class Index:
         """Inodes whose bytes are staged."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE home > 0")]
 
-    def inodes_of(self, oid: int) -> list[int]:
-        """Inodes that show an object."""
-        return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=?", (oid,))]
+    def inodes_of(self, oid: int, limit: int = -1) -> list[int]:
+        """Inodes that show an object; not more than `limit`."""
+        return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=? LIMIT ?", (oid, limit))]
+
+    def shown_by(self, ino: int) -> Object | None:
+        """The object that an inode shows, if it is there and shows one."""
+        row = self._db.execute("SELECT oid FROM inodes WHERE ino=? AND home=0", (ino,)).fetchone()
+        return self.find_oid(row[0]) if row and row[0] is not None else None
 
     def copies(self, durable: bool) -> dict[bytes, int]:
         """Digest -> bytes that a copy of it takes in memory, of every object that is durable, or is not: for recovery."""
@@ -224,13 +229,6 @@ class Index:
             self._database.changed.add(ino)
             self._db.execute("UPDATE inodes SET durable_oid=? WHERE ino=?", (oid, ino))
             return self._unref(row[0]) if row[0] is not None else []
-
-    def ref_copies(self, ino: int) -> None:
-        """Count the references of an inode whose row was copied by Namespace.replace_inode (same transaction)."""
-        row = self._db.execute("SELECT oid, durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
-        for oid in row:
-            if oid is not None:
-                self._ref(oid)
 
     # --- extents
 

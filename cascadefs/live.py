@@ -1,9 +1,10 @@
-"""What is open right now: sources (backing files, shared) and live inodes (handles and how they may be served).
+"""What is open right now: sources (backing files, one for each inode) and live inodes (handles and how they may be served).
 
 Owns: descriptors of backing files and their counts. Knows no index and no tier. Never awaits. Invariants:
 (1) A source is closed exactly when its last user let go; `closing` runs just before (the mount drops its backing id there).
 (2) While an inode has a source, every open of it uses that source: kernel passthrough allows no other.
-(3) `Live.source` has the key ("staged", ino) while the inode is staged, ("object", digest) while it shows an object.
+(3) A source serves one inode. Its `digest` is that of the object whose copy it is; None while the file is the inode's alone:
+    staged, or private (owners.py).
 """
 
 import os
@@ -11,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
-
-Key = tuple[str, object]
 
 
 async def take(lock: trio.Lock) -> None:
@@ -27,8 +26,9 @@ async def take(lock: trio.Lock) -> None:
 class Source:
     """An open backing file. `fd` is read-only and belongs to this object; `backing_id` is the mount's to use."""
 
-    key: Key
+    ino: int
     fd: int
+    digest: bytes | None = None
     users: int = 0
     backing_id: int = 0
 
@@ -95,30 +95,39 @@ class Live:
 
 
 class Sources:
-    """All open backing files by key: ("staged", ino) or ("object", digest)."""
+    """All open backing files, by inode."""
 
     def __init__(self) -> None:
-        self._by_key: dict[Key, Source] = {}
+        self._of: dict[int, Source] = {}
+        self._of_object: dict[bytes, Source] = {}
         self.closing: Callable[[Source], None] = lambda source: None
 
-    def find(self, key: Key) -> Source | None:
-        """The source of that key, if open."""
-        return self._by_key.get(key)
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def of(self, ino: int) -> Source | None:
+        """The source of an inode, if open."""
+        return self._of.get(ino)
+
+    def of_object(self, digest: bytes) -> Source | None:
+        """The source that is the copy of an object, if open."""
+        return self._of_object.get(digest)
 
     def open_objects(self) -> set[bytes]:
-        """Digests of the objects that somebody has open."""
-        return {digest for kind, digest in self._by_key if kind == "object" and isinstance(digest, bytes)}
+        """Digests of the objects whose copies somebody has open."""
+        return set(self._of_object)
 
     def share(self, source: Source) -> Source:
         """One more user."""
         source.users += 1
         return source
 
-    def take(self, key: Key, open_fd: Callable[[], int]) -> Source:
-        """The source of that key with one more user; opened when it is not."""
-        source = self._by_key.get(key)
+    def take(self, ino: int, open_fd: Callable[[], int], digest: bytes | None = None) -> Source:
+        """The source of an inode with one more user; opened when it is not."""
+        source = self._of.get(ino)
         if source is None:
-            source = self._by_key[key] = Source(key, open_fd())
+            source = self._of[ino] = Source(ino, open_fd())
+            self.turn(source, digest)
         return self.share(source)
 
     def release(self, source: Source) -> None:
@@ -126,14 +135,15 @@ class Sources:
         source.users -= 1
         if source.users:
             return
-        if self._by_key.get(source.key) is source:
-            del self._by_key[source.key]
+        self.turn(source, None)
+        del self._of[source.ino]
         self.closing(source)
         os.close(source.fd)
 
-    def rename(self, source: Source, key: Key) -> None:
-        """The file got another role (sealed, or opened for writing); its users keep it."""
-        if self._by_key.get(source.key) is source:
-            del self._by_key[source.key]
-        source.key = key
-        self._by_key.setdefault(key, source)
+    def turn(self, source: Source, digest: bytes | None) -> None:
+        """The file is the copy of an object now, or the inode's alone; its users keep it."""
+        if source.digest is not None and self._of_object.get(source.digest) is source:
+            del self._of_object[source.digest]
+        source.digest = digest
+        if digest is not None:
+            self._of_object[digest] = source

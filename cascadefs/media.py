@@ -24,7 +24,7 @@ from cascadefs.record import ALIGN
 # Zeros that are left out: each hole costs the disk one more write. Where most is zeros, shorter ones pay.
 HOLE_BYTES, SHORT_HOLE_BYTES = 64 << 10, 16 << 10
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
-SEND_BYTES = 1 << 30
+MAPPED_BYTES, MAP_POPULATE = 16 << 20, 0x8000  # of a file that is copied, at once: mmap() holds the GIL for some 10 us
 MODE = 0o600
 Buffer = memoryview | mmap.mmap | bytes
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -152,14 +152,23 @@ def copy_file(source_fd: int, path: str) -> None:
         size = os.fstat(source_fd).st_size
         truncate(fd, size)
         for start, end in data_ranges(source_fd, size):
-            os.lseek(fd, start, os.SEEK_SET)
-            while start < end:
-                sent = os.sendfile(fd, source_fd, start, min(end - start, SEND_BYTES))
-                if sent == 0:
-                    break  # it shrank meanwhile: what is missing reads as zeros
-                start += sent
+            for at in range(start, end, MAPPED_BYTES):
+                _copy_range(source_fd, fd, at, min(end, at + MAPPED_BYTES))
     finally:
         os.close(fd)
+
+
+def _copy_range(source_fd: int, fd: int, start: int, end: int) -> None:
+    """From a mapping: 10 MiB in memory take 1.0 ms so, 1.5 by sendfile. What is missing because the file shrank meanwhile reads
+    as zeros."""
+    with contextlib.suppress(OSError, ValueError):  # it has shrunk, or cannot be mapped: below it is seen what there is
+        flags = mmap.MAP_SHARED | MAP_POPULATE
+        with mmap.mmap(source_fd, end - start, flags, mmap.PROT_READ, offset=start) as area, memoryview(area) as view:
+            while start < end:
+                start += os.pwrite(fd, view[len(view) - (end - start) :], start)
+    os.lseek(fd, start, os.SEEK_SET)
+    while start < end and (sent := os.sendfile(fd, source_fd, start, end - start)):
+        start += sent
 
 
 def has_gaps(state: os.stat_result) -> bool:

@@ -149,6 +149,7 @@ class Mover:
                 self.residency.make_room()
                 self.files.gaps.look_again()
                 self.residency.tidy_later()
+                self.files.owners.tidy()
                 if self.residency.under_pressure():
                     self._wake()  # what would wait to be asked for is sealed now
                 self.files.database.tend()

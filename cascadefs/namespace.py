@@ -120,10 +120,6 @@ class Namespace:
             yield [(parent, name) for parent, _, name in rows]
             folder, entry = rows[-1][0], rows[-1][1]
 
-    def names_of(self, ino: int) -> list[tuple[int, bytes]]:
-        """(folder, name) of every entry of an inode."""
-        return self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall()
-
     def parent_of(self, ino: int) -> int:
         """The folder that holds folder `ino`; the root is its own parent."""
         row = self._db.execute("SELECT parent FROM entries WHERE ino=?", (ino,)).fetchone()
@@ -428,21 +424,6 @@ class Namespace:
         self._touch_folder(parent, now, difference, 0)
         self._touch_folder(new_parent, now, -difference, op)
         self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino IN (?,?)", (now, source.ino, target.ino))
-
-    def replace_inode(self, ino: int) -> int:
-        """Give every name of file `ino` to a new inode with the same attributes and content columns; `ino` is an orphan then.
-
-        For a writer that opens an object which other inodes' readers hold in passthrough: readers keep the old node.
-        """
-        with self._database.transaction():
-            columns = _COLUMNS.split(", ", 1)[1]
-            new = self.reserve_ino()
-            self._changed.update((new, ino))
-            self._db.execute(f"INSERT INTO inodes(ino, {columns}) SELECT ?, {columns} FROM inodes WHERE ino=?", (new, ino))
-            self._db.execute("UPDATE entries SET ino=? WHERE ino=?", (new, ino))
-            self._db.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino=?", (new, ino))
-            self._db.execute("UPDATE inodes SET nlink=0 WHERE ino=?", (ino,))
-        return int(new)
 
     # --- attributes
 

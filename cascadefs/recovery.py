@@ -71,6 +71,7 @@ def _enter_one(files: Files, one: Change, number: int) -> None:
 def recover(files: Files, keep_orphans: bool = False) -> Recovered:
     """See the invariants. keep_orphans: those that had a name wait for the kernel to forget them."""
     result = Recovered()
+    files.owners.recover(keep_orphans)
     _part_twins(files)
     with files.database.transaction():
         for ino in files.index.staged_inodes():
@@ -103,7 +104,7 @@ def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
 
 def _part_twins(files: Files) -> None:
     """A staged file may still have the name of an object: a crash came between the two. It is written to, so it is no copy of
-    that object; whoever else shows the object has another copy (files.py `_take_over`)."""
+    that object; whoever else shows the object has another copy (owners.py `_part`)."""
     residency = files.residency
     for tier in (residency.memory, residency.parking):
         homes = (files.namespace.get(ino) for ino in files.index.staged_inodes())

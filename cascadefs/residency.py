@@ -2,7 +2,8 @@
 
 Owns: the two file tiers, the policy, the set of clean copies. Knows objects, not inodes. Invariants:
 (1) `clean` holds exactly the copies in memory whose object is durable in the cold tier: only they may be evicted.
-(2) A copy that somebody has open is not dropped: its memory would not come back, and its next open would find nothing.
+(2) A copy that somebody has open or mapped is not evicted: its memory would not come back, and the next open of its inode
+    would find another file, which writes through the first do not reach.
 (3) The bytes that promote() puts into memory were verified block by block.
 (4) `under_way` has exactly the digests that are on their way to memory: nobody reads one twice.
 """
@@ -13,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from threading import Semaphore
 
 import trio
@@ -29,13 +30,14 @@ from cascadefs.policies import EvictionPolicy
 from cascadefs.record import ALIGN, record_bytes
 from cascadefs.scheduler import MemoryState
 from cascadefs.tiers.cold import ColdTier
-from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.files import FileTier, is_used
 from cascadefs.tiers.flight import AT_DISK, in_lanes
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier
 from cascadefs.types import Block, Home, Object
 
 EMPTY_SHARE = 1 / 4  # of a block in pages of zeros: then they are left out, which costs the block its huge pages
+LOOKED_AT = 64  # of the copies that somebody has mapped, each time
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
 
 
@@ -56,6 +58,10 @@ def nobody_counts(digest: bytes) -> None:
     """Without read_ahead.py."""
 
 
+def nobody_owns(tier: FileTier, digest: bytes) -> None:
+    """Without owners.py."""
+
+
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
@@ -69,9 +75,11 @@ class Residency:
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
         self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
         self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
+        self.leaving: Callable[[FileTier, bytes], None] = nobody_owns  # a copy has gone from a tier
         self.under_way: dict[bytes, Promotion] = {}
         self._promotions = 0
         self._opened_before: set[bytes] = set()
+        self._mapped: set[bytes] = set()  # copies in memory that could not be evicted: no handle, but somebody uses them
 
     def tier_of(self, home: int) -> FileTier:
         """Where staged bytes of that home lie."""
@@ -87,7 +95,7 @@ class Residency:
 
     def memory_state(self) -> MemoryState:
         """What the scheduler decides on."""
-        pinned = self.sources.open_objects()
+        pinned = self.sources.open_objects() | self._mapped
         evictable = self.clean_bytes - sum(self.clean.get(digest, 0) for digest in pinned)
         return MemoryState(self.memory.capacity_bytes, self.memory.used_bytes(), self.clean, pinned, evictable)
 
@@ -105,10 +113,20 @@ class Residency:
         if self.memory.used_bytes() + wanted_bytes <= self.memory.capacity_bytes * scheduler.HIGH:
             return
         self.before_eviction()
-        for digest in scheduler.plan_eviction(self.memory_state(), self.policy.victims(), wanted_bytes):
+        while not self._evict(scheduler.plan_eviction(self.memory_state(), self.policy.victims(), wanted_bytes)):
+            pass  # some are mapped, which the next plan knows
+
+    def _evict(self, digests: Sequence[bytes]) -> bool:
+        """Whether all of them could go."""
+        mapped = len(self._mapped)
+        for digest in digests:
+            if is_used(self.memory.object_path(digest)):
+                self._mapped.add(digest)
+                continue
             self.drop(self.memory, digest)
             self.evicted += 1
             point("evicted")
+        return len(self._mapped) == mapped
 
     def mark_clean(self, digest: bytes) -> None:
         """The object of this digest is durable now."""
@@ -133,7 +151,9 @@ class Residency:
     def drop(self, tier: FileTier, digest: bytes) -> None:
         """Remove one copy."""
         tier.drop(digest)
+        self.leaving(tier, digest)
         if tier is self.memory:
+            self._mapped.discard(digest)
             self.clean_bytes -= self.clean.pop(digest, 0)
             self.policy.forgotten(digest)
             self.dropped(digest)
@@ -147,7 +167,10 @@ class Residency:
                 self.mark_clean(digest)
 
     def tidy_later(self) -> None:
-        """tidy() for what has come since: deleted objects, and copies that somebody had open the last time."""
+        """tidy() for what has come since: deleted objects, and copies that somebody used the last time."""
+        for digest in list(islice(self._mapped, LOOKED_AT)):
+            if not is_used(self.memory.object_path(digest)):
+                self._mapped.discard(digest)
         pending, self._opened_before = self.index.gone | self._opened_before, set()
         self.index.gone = set()
         if pending:
@@ -160,14 +183,14 @@ class Residency:
                 self.drop(tier, digest)
 
     def tidy(self, digests: Sequence[bytes]) -> None:
-        """Drop copies whose object is gone, and parked copies of durable objects, unless somebody has them open."""
+        """Drop copies whose object is gone, and parked copies of durable objects, unless somebody uses them."""
         here = [digest for digest in digests if digest in self.memory.objects or digest in self.parking.objects]
         known = self.index.states(here)
         for tier in (self.memory, self.parking):
             for digest in here:
                 if digest not in tier.objects or (digest in known and (tier is self.memory or not known[digest])):
                     continue
-                if self.sources.find(("object", digest)) is not None:
+                if self.sources.of_object(digest) is not None or (digest in known and is_used(tier.object_path(digest))):
                     self._opened_before.add(digest)
                 else:
                     self.drop(tier, digest)

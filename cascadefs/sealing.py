@@ -245,13 +245,13 @@ class Sealer:
 
     def _adopted(self, one: Staged, outcome: Outcome) -> bool:
         """Whether the file has the name of its object now."""
-        if one.live.source is not None and self.residency.holder(one.digest) is not None:
-            outcome.busy.add(one.ino)  # its readers hold this very file: the double goes when they have closed it
+        if self.files.sources.of_object(one.digest) is not None:
+            outcome.busy.add(one.ino)  # of an object that is gone, and whose readers have still to go
             return False
         try:
             self.residency.drop_orphans(one.digest)
             if one.size_bytes:
-                self.residency.adopt(one.tier, one.ino, one.digest, False)
+                self.files.owners.adopt(one.tier, one.ino, one.digest)
                 point("adopted")
         except OSError as e:
             outcome.failed(e)
@@ -279,9 +279,8 @@ class Sealer:
         did. OSError at the end: a name that stays is removed at the next opening."""
         errors = list[OSError]()
         for live, tier, digest in sealed:
-            source = live.source or self.files.sources.find(("staged", live.ino))  # a grant of the mount may hold it
-            if source is not None and digest is not None:
-                self.files.sources.rename(source, ("object", digest))
+            if digest is not None and (source := self.files.sources.of(live.ino)) is not None:
+                self.files.sources.turn(source, digest)
             try:
                 tier.drop_staged(live.ino)
             except OSError as e:
@@ -308,9 +307,6 @@ class Sealer:
             self.files.recall(one.ino)
         except OSError as e:
             outcome.failed(e)
-            return
-        if one.live.source is not None and self.residency.holder(content.digest) is not None:
-            outcome.busy.add(one.ino)  # as in _adopted()
             return
         try:
             self._show_object(one.live, one.tier, one.fd, content)
@@ -339,26 +335,33 @@ class Sealer:
         copy = tier.open_object(digest)
         try:
             same = await trio.to_thread.run_sync(partial(hashing.equal, fd, 0, copy, 0, size_bytes, bytearray(1 << 20)))
-            return same or self.residency.holder(digest) is None  # the copy was opened for writing: nothing was compared
+            return same or not tier.is_copy(copy, digest)  # it was opened for writing: nothing was compared
         except OSError:
             if os.fstat(fd).st_size < size_bytes:
                 return False  # its writer has cut it meanwhile: what was read of it is a content of its own
-            if self.residency.holder(digest) is not None:
+            if tier.is_copy(copy, digest):
                 raise
             return True
         finally:
             os.close(copy)
 
     def _show_object(self, live: Live, tier: FileTier, fd: int, content: Content) -> None:
-        """As _show(), for one content that may be known."""
-        files, adopted, ino = self.files, False, live.ino
+        """As _show(), for one content that may be known. A file that is used and whose content has a copy is kept as its
+        inode's own."""
+        files, owners, ino = self.files, self.files.owners, live.ino
+        adopted = kept = False
         mtime_ns, ctime_ns, blocks = _attributes(files.namespace.get(ino), os.fstat(fd), content.size_bytes)
         if content.known is None:
             self.residency.drop_orphans(content.digest)
+        else:
+            owners.joined(content.known)
         if content.size_bytes and self.residency.holder(content.digest) is None:
-            self.residency.adopt(tier, ino, content.digest, bool(content.known and content.known.durable))
+            owners.adopt(tier, ino, content.digest, content.known)
             adopted = True
             point("adopted")
+        elif content.size_bytes and self._is_used(ino, fd):
+            owners.keep(tier, ino)
+            kept = True
         try:
             with files.database.transaction():
                 if content.known is None:
@@ -370,9 +373,15 @@ class Sealer:
         except BaseException:
             if adopted:  # else a later file of these bytes would share a file that this inode goes on writing to
                 self.residency.drop(tier, content.digest)
+            if kept:
+                owners.gone(ino, None)
             raise
         point("sealed")
         self._finish([(live, tier, content.digest if adopted else None)])
+
+    def _is_used(self, ino: int, fd: int) -> bool:
+        """Whether somebody has the staged file open, or mapped, beside us."""
+        return self.files.sources.of(ino) is not None or not media.is_only_opener(fd)
 
     def matches(self, fd: int, blocks: Sequence[Block]) -> bool:
         """Whether a file still holds these blocks. Blocks: in a thread."""

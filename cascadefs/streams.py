@@ -44,19 +44,27 @@ class Streams:
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, fewer only at the end of the file."""
-        inode = self.files.namespace.get(ino)
-        if inode.home:
-            return await self._read_file(self.files.staged_path(inode), offset, size)
-        if inode.oid is None:
-            return b""
-        return await self.read_object(inode.oid, offset, min(size, max(0, inode.size - offset)))
+        while True:
+            inode = self.files.namespace.get(ino)
+            if inode.home:
+                return await self._read_file(self.files.staged_path(inode), offset, size)
+            wanted = min(size, max(0, inode.size - offset)) if inode.oid is not None else 0
+            data = await self.read_object(inode.oid, offset, wanted) if inode.oid is not None else b""
+            if len(data) == wanted or self.files.namespace.get(ino).oid == inode.oid:
+                return data  # else a writer came and the object went
 
     async def read_object(self, oid: int, offset: int, size: int) -> bytes:
         """`size` bytes of an object, from a whole copy or from the extents."""
         digest = self.files.index.object(oid).digest
-        holder = self.files.residency.holder(digest)
-        if holder is not None:
-            return await self._read_file(holder.object_path(digest), offset, size)
+        while (holder := self.files.residency.holder(digest)) is not None:
+            fd = holder.open_object(digest)
+            try:
+                data = await trio.to_thread.run_sync(_read_fully, fd, offset, size)
+                if holder.is_copy(fd, digest):
+                    return data
+            finally:
+                os.close(fd)
+            # Its owner has begun to write to it.
         step, parts = self.files.index.block_bytes, []
         while size > 0:
             seq, start = divmod(offset, step)

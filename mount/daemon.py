@@ -151,8 +151,6 @@ class Daemon:
             self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
             once = Once(self.table, transport, self.store.namespace)
             self.operations = Operations(self.store, self.handles, self.virtual, once)
-            self.store.files.maps_unseen, self.store.files.readers_unknown = self.passthrough, self.took_over
-            self.store.files.moved = self.session.forget_names
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
                 self.operations.answered.inherit()

@@ -1,9 +1,9 @@
 """Files in memory whose OPEN for reading, and GETATTR, the transport answers by itself: which they are, and how that ends.
 
-Owns: the grants. Each holds its file's source open (live.py) like a user of it. Invariants:
+Owns: the grants. Each holds its inode's source open (live.py) like a user of it. Invariants:
 (1) A grant is for a staged file in the memory tier, from its creation on and with or without writers, who write to that very
-    file; or for an inode whose object is there: it ends before a writer comes. None is given while somebody is about to
-    change content (`held_back`) or memory is short.
+    file; or for an inode that may have its object's copy there (owners.py: of equal files one): it ends before a writer comes.
+    None is given while somebody is about to change content (`held_back`) or memory is short.
 (2) A grant ends in this order: the transport uses it no more, the opens that it answered are known, the source is let go.
 (3) Sealing makes the staged file the object's copy: the same file, so the grant stays. Where it does not (nothing in it, or a
     copy is there) the grant is recalled first.
@@ -45,6 +45,7 @@ class Grants:
         self._limit = share(LIMIT, 4)
         self.transport.number_grants((handles.table.generation << 32) + FIRST)
         store.files.sealed, store.files.deleting, store.files.recall = self.want, self.end_deleted, self.end
+        store.files.owners.let_go = self.let_go
         store.residency.before_eviction = self._want_memory
 
     @property
@@ -62,7 +63,7 @@ class Grants:
 
     def opened(self, handle: Handle) -> None:
         """By way of Python. What is written now is read soon: it gets a grant at once, others when there is time."""
-        if handle.source is None or handle.source.key[0] != "staged":
+        if handle.source is None or handle.source.digest is not None:
             self.want(handle.ino)
             return
         try:
@@ -139,30 +140,25 @@ class Grants:
 
     def _take_source(self, inode: Inode) -> Source | None:
         """The source that every handle of an inode shares, with one more user, if its opens may be answered without asking."""
-        files, live = self.store.files, self.store.files.live.get(inode.ino)
+        live = self.store.files.live.get(inode.ino)
         if live is not None and (live.directs or live.is_locked):
             return None
-        source = self._staged_source(inode) if inode.home else self._object_source(inode)
-        if source is None or live is None or live.source in (None, source):
-            return source
-        files.sources.release(source)  # its handles use a double of the file
-        return None
+        return self._staged_source(inode) if inode.home else self._object_source(inode)
 
     def _staged_source(self, inode: Inode) -> Source | None:
         if inode.home != Home.MEMORY:
             return None
         files = self.store.files
-        path = files.staged_path(inode)
-        return files.sources.take(("staged", inode.ino), lambda: media.open_file(path, os.O_RDONLY))
+        return files.sources.take(inode.ino, partial(media.open_file, files.staged_path(inode), os.O_RDONLY))
 
     def _object_source(self, inode: Inode) -> Source | None:
         files, memory = self.store.files, self.store.residency.memory
-        if inode.oid is None:
+        found = files.index.shown_by(inode.ino)
+        if found is None or found.digest not in memory.objects:
             return None
-        digest = files.index.object(inode.oid).digest
-        if digest not in memory.objects:
-            return None
-        return files.sources.take(("object", digest), partial(memory.open_object, digest))
+        if (source := files.sources.of(inode.ino)) is not None:
+            return files.sources.share(source) if source.digest is not None else None
+        return files.owners.open(inode.ino, found, is_asked=False)
 
     def source_of(self, ino: int) -> Source | None:
         """What the handles of a grant read."""
@@ -209,20 +205,19 @@ class Grants:
         self._memory_is_short = True
         self.transport.ring()
 
+    def let_go(self, ino: int) -> None:
+        """End the grant of an inode, if it can be ended now: its file may be for another one."""
+        with suppress(OSError):
+            self.end(ino)
+
     @contextmanager
     def held_back(self, ino: int) -> Iterator[None]:
-        """Somebody is about to change the content of an inode: no grant of its object, of any inode, is used meanwhile."""
+        """Somebody is about to change the content of an inode: while it shows an object, it has no grant."""
         self._changing += 1
         try:
-            self._end_object_of(ino)
+            inode = self.store.namespace.find(ino)
+            if inode is not None and not inode.home:
+                self.end(ino)
             yield
         finally:
             self._changing -= 1
-
-    def _end_object_of(self, ino: int) -> None:
-        inode = self.store.namespace.find(ino)
-        if inode is None or inode.oid is None or not self._sources:
-            return
-        source = self.store.files.sources.find(("object", self.store.index.object(inode.oid).digest))
-        if source is not None:
-            self.end(ino, *(other for other, found in self._sources.items() if found is source))

@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import socket
-import struct
 import threading
 
 import pyfuse3
@@ -24,8 +23,6 @@ from cascadefs.mount.table import Table
 
 log = logging.getLogger(__name__)
 SOCKET_BYTES = 8 << 20  # a request or answer can be 1 MiB
-NOTIFY_INVAL_ENTRY = 3
-_NOTICE, _INVAL_ENTRY = struct.Struct("<IiQ"), struct.Struct("<QII")  # fuse_out_header, fuse_notify_inval_entry_out
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # One reader answers control requests fastest: a second one only adds wake-ups across cores. The portable path moves the
 # bytes itself, there a second one keeps both cores busy.
@@ -91,26 +88,6 @@ class Session:
             thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)
             thread.start()
             self._threads.append(thread)
-
-    async def forget_names(self, names: list[tuple[int, bytes]]) -> None:
-        """Let the kernel look names up again. In a process of its own and past the relay: the kernel waits for the lock of the
-        folder, and whoever holds it may wait for an answer of ours. A thread of ours in that wait could not even be killed."""
-        await trio.to_thread.run_sync(self._invalidate, names)
-
-    def _invalidate(self, names: list[tuple[int, bytes]]) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                self._tell_kernel(names)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-
-    def _tell_kernel(self, names: list[tuple[int, bytes]]) -> None:
-        for folder, name in names:
-            body = _INVAL_ENTRY.pack(folder, len(name), 0) + name + b"\0"
-            with contextlib.suppress(OSError):  # the kernel does not know the name, or the mount is gone
-                os.write(self.device.fd, _NOTICE.pack(_NOTICE.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body)
 
     async def _take_late_replies(self) -> None:
         """What pyfuse3 writes in a thread of its own: invalidations."""

@@ -84,7 +84,7 @@ class Spares:
     def take(self, one: Created) -> Source:
         """This one was given away, and is in the index now: it is a file that somebody has open."""
         spare, files = self._made.pop(one.ino), self.store.files
-        source = files.sources.take(("staged", one.ino), lambda: spare.fd)
+        source = files.sources.take(one.ino, lambda: spare.fd)
         source.backing_id = spare.backing_id
         self.handles.take_spare(one, files.of(one.ino).enter(source, True))
         files.lookups[one.ino] = 1

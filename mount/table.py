@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cascadefs.ext.fuse_transport import EVENT_RING_BYTES
 
-VERSION = 2  # of this layout: an upgrade to another one is refused
+VERSION = 3  # of this layout and what it means: an upgrade to another one is refused (2: inodes shared backing files)
 INIT_BYTES = 256
 INOS_BITS = 32  # no worker makes four billion inodes
 HANDLES, BACKINGS, OPERATIONS = 1 << 16, 1 << 16, 1 << 12  # 4096 operations: 99 can wait for an answer at once

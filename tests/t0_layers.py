@@ -23,7 +23,7 @@ ORDER = [
     ["live", "gaps"],
     ["healing", "staged"],
     ["residency"],
-    ["read_ahead"],
+    ["owners", "read_ahead"],
     ["files"],
     ["sealing", "streams", "recovery"],
     ["journal", "extent"],

@@ -160,25 +160,6 @@ async def test_readers_see_what_a_later_writer_writes_and_other_names_do_not(set
         assert await store.get("b") == b"old" * 100 and await store.get("a") == b"NEW" + b"old" * 99
 
 
-async def test_a_writer_gets_a_new_inode_when_readers_of_another_name_hold_the_file(settings):
-    async with opened(settings) as store:
-        await store.put("a", b"same" * 100)
-        await store.put("b", b"same" * 100)
-        await store.flush()
-        first, second = [await store.files.open(store.find(name).ino, writable=False) for name in ("a", "b")]
-        assert first.source is second.source
-        old = store.find("a").ino
-        with pytest.raises(OSError, match="inode"):
-            await store.files.open(old, writable=True)
-        assert store.find("a").ino != old
-        await store.put("a", b"other")
-        assert os.pread(first.source.fd, 4, 0) == b"same" and await store.get("b") == b"same" * 100
-        store.files.release(first)
-        store.files.release(second)
-        assert store.namespace.find(old) is None
-        assert await store.get("a") == b"other"
-
-
 async def test_references_equal_a_recount_after_all_names_are_gone(settings):
     async with opened(settings) as store:
         for i in range(12):

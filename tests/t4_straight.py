@@ -200,7 +200,7 @@ async def test_a_reader_that_comes_meanwhile_keeps_what_it_has(slow_seal, meanwh
         meanwhile(come)
         await store.flush()
         digest = store.index.object(store.find("f").oid).digest
-        assert handles[0].source.key == ("object", digest) and store.files.live[store.find("f").ino].source is handles[0].source
+        assert handles[0].source.digest == digest and store.files.live[store.find("f").ino].source is handles[0].source
         assert os.pread(handles[0].source.fd, 9000, 0) == data
         store.files.release(handles[0])
     await all_back(slow_seal, {"f": data})

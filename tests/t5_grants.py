@@ -130,16 +130,26 @@ def test_a_reader_by_a_grant_sees_the_writes_to_its_file(mounted):
     assert (mounted.path / "f").read_bytes()[:8] == b"bbbbaaaa"
 
 
-def test_a_reader_by_a_grant_keeps_an_equal_file_as_it_was(mounted):
-    settled(mounted, {"a": b"same" * 4096, "b": b"same" * 4096})
-    reader = os.open(mounted.path / "b", os.O_RDONLY)
-    with mmap.mmap(reader, 0, prot=mmap.PROT_READ) as mapped:
-        with open(mounted.path / "a", "r+b", buffering=0) as writer:
+@pytest.mark.parametrize(("changed", "kept"), ["ab", "ba"])
+def test_of_equal_files_one_has_a_grant_and_both_stay_what_they_are(mounted, changed, kept):
+    settled(mounted, {"a": b"same" * 4096})
+    (mounted.path / "b").write_bytes(b"same" * 4096)
+    until(lambda: mounted.status()["pending_bytes"] == 0)
+    assert mounted.status()["granted_opens"] == 1
+    for name in "abab":
+        assert (mounted.path / name).read_bytes() == b"same" * 4096
+        until(lambda: mounted.status()["granted_opens"] == 1)
+    reader, other = os.open(mounted.path / kept, os.O_RDONLY), os.open(mounted.path / changed, os.O_RDONLY)
+    with mmap.mmap(reader, 0, prot=mmap.PROT_READ) as mapped, mmap.mmap(other, 0, prot=mmap.PROT_READ) as seen:
+        with open(mounted.path / changed, "r+b", buffering=0) as writer:
             writer.write(b"else")
-        os.truncate(mounted.path / "a", 4)
-        assert os.pread(reader, 1 << 20, 0) == b"same" * 4096 and mapped[:] == b"same" * 4096
+            assert os.fstat(writer.fileno()).st_ino == os.fstat(other).st_ino
+        assert seen[:8] == b"elsesame" and os.pread(other, 8, 0) == b"elsesame"
+        os.truncate(mounted.path / changed, 4)
+        assert os.pread(reader, 1 << 20, 0) == b"same" * 4096 and mapped[:] == b"same" * 4096 and seen[:4] == b"else"
     os.close(reader)
-    assert (mounted.path / "a").read_bytes() == b"else" and (mounted.path / "b").read_bytes() == b"same" * 4096
+    os.close(other)
+    assert (mounted.path / changed).read_bytes() == b"else" and (mounted.path / kept).read_bytes() == b"same" * 4096
 
 
 def test_an_unlinked_file_gives_its_memory_back(mounted):

@@ -28,7 +28,6 @@ NEW_IN_TMPFS = re.compile(r"^xattrs/|direct|attribute_|listing_while|positions_|
 
 # What the mount does otherwise, with the reason; the README lists it. Strict: a case that passes must leave the list.
 DIFFERENT = {
-    "sharing/equal_files_open_for_reading_then_one_changes": "readers of equal files share one file: a writer gets a new inode",
     "times/times_far_ahead": "times are 64-bit nanoseconds: clamped at the year 2262",
 }
 
@@ -57,6 +56,5 @@ def test_posix(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     if request.node.callspec.params["folder"] == "tmpfs" and KERNEL < (6, 6) and NEW_IN_TMPFS.search(name):
         pytest.skip("the tmpfs of this kernel cannot judge this case")
     if request.node.callspec.params["folder"] != "tmpfs" and name in DIFFERENT:
-        # On a machine so busy that nothing was sealed yet, no two files share anything: then that case may pass.
-        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[name], strict=not name.startswith("sharing/")))
+        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[name], strict=True))
     posix.run_case(name, posix.CASES[name], folder)

@@ -31,7 +31,7 @@ def test_a_synced_empty_file_outlives_memory(mount):
     assert (mount.path / "f").read_bytes() == b"again"
 
 
-def test_other_names_follow_a_writer_that_got_a_new_inode(mount):
+def test_other_names_follow_a_writer_beside_readers_of_an_equal_file(mount):
     mount.start()
     for name in ("f", "equal"):
         (mount.path / name).write_bytes(b"1" * 10_000)

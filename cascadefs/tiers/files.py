@@ -1,7 +1,9 @@
-"""A folder of whole files: staged (mutable, by inode) and objects (immutable copies, by digest).
+"""A folder of whole files: staged (mutable, by inode), objects (immutable copies, by digest), private (by inode: which file
+serves an inode that shows an object, where that is not the object's copy or may be doubted).
 
-Owns: <folder>/staged and <folder>/objects. Knows no index and no policy. Invariants:
-(1) A file under objects/ is complete and never written again: it gets its name by link or rename when it is whole.
+Owns: <folder>/staged, <folder>/objects, <folder>/private. Knows no index and no policy. Invariants:
+(1) A file under objects/ or private/ is complete and not written to under that name: it gets it by link or rename when it is
+    whole.
 (2) `objects` mirrors objects/: digest -> allocated bytes.
 """
 
@@ -25,9 +27,9 @@ class FileTier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in (folder, folder / "staged", folder / "objects"):
+        for part in (folder, folder / "staged", folder / "objects", folder / "private"):
             media.make_folder(part)
-        self.staged_folder, self._objects = str(folder / "staged"), str(folder / "objects")
+        self.staged_folder, self._objects, self._private = (str(folder / part) for part in ("staged", "objects", "private"))
         # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
         self.objects, others = digest_names.listed(self._objects)
         for name in others:
@@ -45,15 +47,17 @@ class FileTier:
         """Where the copy of an object lies."""
         return f"{self._objects}/{digest.hex()}"
 
+    def private_path(self, ino: int) -> str:
+        """Where the file lies, or has a second name, that serves an inode and no other."""
+        return f"{self._private}/{ino}"
+
     def staged(self) -> list[int]:
         """Inodes with a staged file here. What is no such file is removed."""
-        found = []
-        for entry in os.scandir(self.staged_folder):
-            if _NUMBER.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
-                found.append(int(entry.name))
-            else:
-                _remove_foreign(entry.path)
-        return found
+        return _numbered(self.staged_folder)
+
+    def private(self) -> list[int]:
+        """Inodes with a private name here. What is no such file is removed."""
+        return _numbered(self._private)
 
     def has_staged(self, ino: int) -> bool:
         """Whether the mutable bytes of an inode are here."""
@@ -81,9 +85,17 @@ class FileTier:
         """The object's file gets a staged name as well. The object name stays until drop()."""
         media.link(self.object_path(digest), self.staged_path(ino))
 
+    def link_private(self, digest: bytes, ino: int) -> None:
+        """The object's file gets a private name as well."""
+        media.link(self.object_path(digest), self.private_path(ino))
+
     def drop_staged(self, ino: int) -> None:
         """Remove a staged name; open descriptors stay valid."""
         media.remove(self.staged_path(ino))
+
+    def drop_private(self, ino: int) -> None:
+        """Remove a private name; open descriptors stay valid."""
+        media.remove(self.private_path(ino))
 
     def drop(self, digest: bytes) -> None:
         """Remove the copy of an object; open descriptors stay valid."""
@@ -94,36 +106,54 @@ class FileTier:
         """A read-only descriptor that the caller closes."""
         return media.open_file(self.object_path(digest), os.O_RDONLY)
 
-    def is_used_unseen(self, digest: bytes) -> bool:
-        """Whether somebody reads the copy: a descriptor, or a mapping that outlived its descriptor, which nobody else tells."""
-        fd = self.open_object(digest)
-        try:
-            return not media.is_only_opener(fd)
-        finally:
-            os.close(fd)
-
     def copy_in(self, source_fd: int, path: str) -> None:
         """Copy an open file to `path` in this tier; holes stay holes. Blocks."""
         media.copy_file(source_fd, path)
 
-    def copy_object(self, source_fd: int, digest: bytes) -> None:
-        """Make a copy of an open file an object of this tier. Blocks."""
-        partial = self.object_path(digest) + ".new"
-        self.copy_in(source_fd, partial)
-        self.place_object(partial, digest)
+    def is_copy(self, fd: int, digest: bytes) -> bool:
+        """Whether an open file still is the copy of an object: as long as it is, nobody has written to it."""
+        return digest in self.objects and os.path.samestat(os.fstat(fd), os.lstat(self.object_path(digest)))
 
     def place_object(self, path: str, digest: bytes) -> None:
-        """A whole file at `path` (same filesystem) becomes the copy of an object."""
+        """A whole file at `path` (same filesystem) becomes the copy of an object, in place of the one that is there."""
         media.rename(path, self.object_path(digest))
         self.objects[digest] = os.lstat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
         """Bytes allocated under the folder."""
-        staged = 0
-        for entry in os.scandir(self.staged_folder):
-            with contextlib.suppress(FileNotFoundError):
-                staged += entry.stat(follow_symlinks=False).st_blocks * 512
-        return staged + sum(self.objects.values())
+        return sum(map(_bytes_in, (self.staged_folder, self._private))) + sum(self.objects.values())
+
+
+def _numbered(folder: str) -> list[int]:
+    found = []
+    for entry in os.scandir(folder):
+        if _NUMBER.fullmatch(entry.name) and is_ours(entry.stat(follow_symlinks=False)):
+            found.append(int(entry.name))
+        else:
+            _remove_foreign(entry.path)
+    return found
+
+
+def _bytes_in(folder: str) -> int:
+    """Without files that have another name: it counts there."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            state = entry.stat(follow_symlinks=False)
+            total += state.st_blocks * 512 if state.st_nlink == 1 else 0
+    return total
+
+
+def is_used(path: str) -> bool:
+    """Whether somebody reads a file: by a descriptor, or by a mapping that outlived its descriptor, which nobody else tells."""
+    try:
+        fd = media.open_file(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not media.is_only_opener(fd)
+    finally:
+        os.close(fd)
 
 
 def _remove_foreign(path: str) -> None:

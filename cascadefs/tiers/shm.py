@@ -85,6 +85,8 @@ class ShmTier(FileTier):
         """Give the memory back: every copy goes. Only after everything is durable."""
         for digest in list(self.objects):
             self.drop(digest)
+        for ino in self.private():
+            self.drop_private(ino)
         with contextlib.suppress(FileNotFoundError):
             self.folder.joinpath(*NAMES).unlink()
             (self.folder / NAMES[0]).rmdir()

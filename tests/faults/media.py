@@ -249,8 +249,8 @@ class Visit:
         files, trouble = self.store.files, self.store.database.health.lines()
         if trouble or files.leftover or files.dead or self.store.mover.unflushable:
             raise Wrong(f"left behind: {trouble} {files.leftover} {len(files.dead)} {self.store.mover.unflushable}")
-        if self.store.namespace.orphans() or files.live or files.sources._by_key:
-            raise Wrong(f"orphans {self.store.namespace.orphans()} {files.live} {files.sources._by_key}")
+        if self.store.namespace.orphans() or files.live or len(files.sources):
+            raise Wrong(f"orphans {self.store.namespace.orphans()} {files.live} {len(files.sources)} open")
         if wrong := miscounted(self.store):
             raise Wrong(wrong)
 
