@@ -87,12 +87,17 @@ class Grants:
             return
         if self.store.residency.under_pressure():
             self._wanted.clear()
-        for ino in list(self._wanted)[:AT_ONCE]:
+        for ino in [one for one in islice(self._wanted, AT_ONCE) if not self._is_changing(one)]:
             del self._wanted[ino]
             try:
                 self._give(ino)
             except OSError as e:
                 log.debug("no grant for inode %d: %s", ino, e)
+
+    def _is_changing(self, ino: int) -> bool:
+        """Whether it must wait for its grant: who has sealed it may hold its lock yet, a writer of any file may be coming."""
+        live = self.store.files.live.get(ino)
+        return self._changing > 0 or (live is not None and live.is_locked)
 
     def trim(self) -> None:
         """The oldest beyond the limit end."""

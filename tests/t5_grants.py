@@ -8,10 +8,14 @@ import time
 
 import pytest
 from conftest import Mount, need_root_and_fuse
+from stores import opened
 from t5_creates import Maker
 from t5_transport import OPEN
 
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH
+from cascadefs.mount.grants import Grants
+from cascadefs.mount.handles import Handles
+from cascadefs.mount.table import Table
 
 FOLDER, RELEASE, RESENT = 1, 18, 1 << 63  # Wire asks about inode 1
 
@@ -195,3 +199,22 @@ def test_handles_of_grants_outlive_the_worker(mounted):
     with pytest.raises(FileNotFoundError) as caught:
         os.stat(mounted.path / "g3")
     assert caught.value.errno == errno.ENOENT
+
+
+async def test_a_grant_that_is_in_the_way_of_a_change_comes_when_that_is_over(settings, wire):
+    async with opened(settings) as store:
+        grants = Grants(store, Handles(store, wire.transport, Table.make(), False, False), lambda: None)
+        await store.put("f", b"x" * 8192)
+        await store.flush()
+        ino = store.find("f").ino
+        grants.want(ino)
+        with grants.held_back(ino):
+            grants.give_wanted()
+        live = store.files.of(ino)
+        await live.acquire()
+        grants.give_wanted()
+        assert grants.count == 0
+        live.lock.release()
+        grants.give_wanted()
+        assert grants.count == 1
+        grants.end_all()
