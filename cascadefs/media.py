@@ -177,16 +177,16 @@ def has_gaps(state: os.stat_result) -> bool:
 
 
 def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of a file that are not holes."""
+    """(start, end) of the parts of a file that are not holes; what it loses meanwhile is one."""
     at = 0
     while at < size_bytes:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
+            at = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as e:
             if e.errno == errno.ENXIO:
                 return
             raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, at
 
 

@@ -23,15 +23,8 @@ class ByHandle(Choosing):
         path, flags = self.name(pick) if pick % 2 else self.file(pick), access | one | two | os.O_NONBLOCK
         if flags & os.O_CREAT and flags & os.O_DIRECTORY:
             return  # what that means depends on the kernel's version
-        changes = access != os.O_RDONLY or flags & os.O_TRUNC
-        close_readers = self.leave_equal_readers(path) if changes else lambda: None
-        known = len(self.sides.handles)
         opened = self.sides.open(path, flags, mode)
         if opened is not None:
-            self.sides.handles.remove(opened)
-        close_readers()
-        if opened is not None:
-            self.sides.handles.insert(min(known, len(self.sides.handles)), opened)
             self.sides.compare_handle(opened)
 
     def close(self, draw: Draw) -> None:

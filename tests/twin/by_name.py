@@ -137,7 +137,6 @@ class ByName(Choosing):
         pick = draw(PICK)
         what = draw(CONTENT)
         path = self.name(pick)
-        close_readers = self.leave_equal_readers(path)
 
         def call(side: int) -> None:
             fd = os.open(self.sides.at(side, path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
@@ -148,7 +147,6 @@ class ByName(Choosing):
                 os.close(fd)
 
         self.sides.both(f"write_file {path!r}", call)
-        close_readers()
         self.sides.compare_name(path)
 
     def read_file(self, draw: Draw) -> None:
@@ -160,9 +158,7 @@ class ByName(Choosing):
         pick = draw(PICK)
         size = draw(st.sampled_from([*SIZES, BIG, -1, 1 << 40]))
         path = self.file(pick) if pick % 4 else self.name(pick)
-        close_readers = self.leave_equal_readers(path)
         self.did("truncate", path, lambda side: os.truncate(self.sides.at(side, path), size))
-        close_readers()
         if size == 1 << 40:
             self.sides.both("truncate", lambda side: os.truncate(self.sides.at(side, path), 5))
 
@@ -170,7 +166,6 @@ class ByName(Choosing):
         old = draw(PICK)
         new = draw(PICK)
         source, target = self.file(old), self.name(new)
-        close_readers = self.leave_equal_readers(target)
 
         def call(side: int) -> None:
             one, other = self.sides.at(side, source), self.sides.at(side, target)
@@ -179,5 +174,4 @@ class ByName(Choosing):
 
         with contextlib.suppress(shutil.SameFileError):
             self.sides.both(f"copy {source!r} {target!r}", call)
-        close_readers()
         self.sides.compare_name(target)

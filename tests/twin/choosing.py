@@ -62,13 +62,3 @@ class Choosing:
             result = self.sides.both(f"{what} {path!r}", call)
         self.sides.compare_name(path)
         return result
-
-    def leave_equal_readers(self, path: str) -> Callable[[], None]:
-        """README: when files of equal content are open, a writer gets a new inode. The handles of before are closed after."""
-        try:
-            ino = os.stat(self.sides.at(JUDGE, path)).st_ino
-        except OSError:
-            return lambda: None
-        if self.sides.users(ino) and self.sides.has_twin(ino):
-            return lambda: self.sides.drop_users(ino)
-        return lambda: self.sides.drop_unseen(ino)

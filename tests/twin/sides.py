@@ -136,10 +136,6 @@ class Sides:
         """Handles and mappings of one file."""
         return [user for user in [*self.handles, *self.mappings] if user.ino == ino]
 
-    def drop_users(self, ino: int) -> None:
-        for user in self.users(ino):
-            self.close(user) if isinstance(user, Opened) else self.unmap(user)
-
     # --- what is there
 
     def walk(self, side: int = JUDGE) -> Iterator[str]:
@@ -149,23 +145,6 @@ class Sides:
             folders.sort()
             for name in folders + sorted(files):
                 yield str(base / name) if base != Path() else name
-
-    def has_twin(self, ino: int) -> bool:
-        """Whether another file, by name or by handle, has the bytes of this one, which has a user."""
-        used = {u.ino: u.fds[JUDGE] if isinstance(u, Opened) else u.watchers[JUDGE] for u in [*self.handles, *self.mappings]}
-        paths = [self.at(JUDGE, path) for path in self.walk()] + [f"/proc/self/fd/{fd}" for fd in used.values()]
-        own = f"/proc/self/fd/{used[ino]}"
-        size, others = os.stat(own).st_size, (p for p in paths if os.path.isfile(p) and os.stat(p).st_ino != ino)
-        return any(os.stat(p).st_size == size and calls.read_all(p) == calls.read_all(own) for p in others)
-
-    def drop_unseen(self, ino: int) -> None:
-        """README: a mapping whose descriptor is closed may keep old bytes if the file ever had an equal one.
-        Writable ones keep the file from being sealed, so they are always right."""
-        users = self.users(ino)
-        if not any(user.writable for user in users):
-            for user in users:
-                if isinstance(user, Mapped) and not any(isinstance(u, Opened) for u in users):
-                    self.unmap(user)
 
     # --- comparing
 
