@@ -346,6 +346,7 @@ class Files:
                 home = await self.fill_staged(inode.ino, partial(self.residency.memory.copy_in, fd))
                 if holder.is_copy(fd, found.digest):
                     return home
+                self.residency.tier_of(home).drop_staged(inode.ino)  # the next may find room elsewhere
             finally:
                 os.close(fd)
         self.residency.make_room(found.size_bytes)

@@ -13,6 +13,7 @@ from stores import memory_of, opened, wipe_memory
 
 from cascadefs import media, scheduler, streams
 from cascadefs.store import Store
+from cascadefs.types import Home
 
 MIB = 1 << 20
 OLD = b"old!" * 25_000
@@ -353,3 +354,22 @@ async def test_a_copy_whose_owner_empties_it_meanwhile_is_made_again(slow_seal, 
         assert os.lseek is seek and seen(second) == OLD and seen(first) == b""
         store.files.release(first)
         store.files.release(second)
+
+
+async def test_a_copy_that_is_made_again_elsewhere_leaves_nothing_behind(slow_seal, monkeypatch):
+    copy, homes = media.copy_file, [Home.MEMORY, Home.COLD]
+    async with opened(slow_seal) as store:
+        await twins(store, "a", "b", "c", durable=False)
+        first, waiting = await read(store, "a"), ["a"]
+
+        def interrupted(fd, path):
+            if waiting:
+                trio.from_thread.run(overwrite, store, waiting.pop())
+            copy(fd, path)
+
+        monkeypatch.setattr(media, "copy_file", interrupted)
+        monkeypatch.setattr(store.residency, "home_for_new", homes.pop)
+        await overwrite(store, "c", b"third")
+        staged = [os.listdir(tier.staged_folder) for tier in (store.residency.memory, store.residency.parking)]
+        assert not homes and not waiting and len(staged[0]) == 2 and not staged[1]
+        store.files.release(first)
