@@ -308,6 +308,9 @@ class Sealer:
         except OSError as e:
             outcome.failed(e)
             return
+        if content.known is not None and self.index.find_oid(content.known.oid) is None:
+            outcome.busy.add(one.ino)  # its last file has gone: recall() hears of what was closed
+            return
         try:
             self._show_object(one.live, one.tier, one.fd, content)
         except OSError as e:

@@ -278,6 +278,7 @@ class Operations(pyfuse3.Operations):
             with self.answered.grants.held_back(inode):
                 self.answered.catch_up()  # a reader that has left must not be taken for one that stays
                 await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
+            self.answered.grants.want(inode)
             self._strip_set_id(inode, ctx.uid)
         columns = self._changes(self.names.get(inode), attr, fields)
         if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):

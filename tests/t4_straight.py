@@ -380,3 +380,26 @@ async def test_a_writer_that_the_kernel_serves_is_no_quiet_time(slow_seal):
             file.flush()
             await background_until(store, lambda: store.files.last_use > before)
         store.files.release(handle)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["sealing", "straight"])
+async def test_a_double_outlives_what_it_equalled(slow_seal, straight):
+    """Before a file lets go of its bytes for those of an object, the mount tells which files were closed: the last one of that
+    object may be among them, and without a name."""
+    data = os.urandom(70_000)
+    async with opened(slow_seal) as store:
+        await store.put("a", data)
+        await store.flush()
+        await store.put("b", data)
+        inos = [store.find("a").ino, store.find("b").ino]
+
+        def hear(*recalled):
+            if inos[1] in recalled and store.namespace.lookup(ROOT, b"a"):
+                unlink(store, "a")
+
+        store.files.recall = hear
+        if not straight:
+            assert not await store.sealer.seal(inos[1])
+        await store.flush()
+        assert await store.get("b") == data and store.namespace.lookup(ROOT, b"a") is None
+    await all_back(slow_seal, {"b": data})

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_opens_of_fresh_files_outlive_the_worker(mounted):
     for fd in readers.values():
         os.close(fd)
     until(lambda: (told := mounted.status())["requests"]["known_handles"] == told["spare_files"])
+
+
+def test_a_writer_who_comes_while_a_file_is_sealed_is_seen_by_later_readers(mounted):
+    data = os.urandom(8 << 20)
+    with ThreadPoolExecutor(1) as pool:
+        for i in range(30):
+            path = mounted.path / f"{i}"
+            path.write_bytes(data[i:])
+            sealing = pool.submit(os.getxattr, path, "user.cascade.info")
+            time.sleep(i / 5000)
+            with open(path, "r+b", buffering=0) as writer:
+                writer.write(b"new")
+                assert path.read_bytes() == b"new" + data[i + 3 :]
+            sealing.result()
+            path.unlink()
 
 
 def rewrite(folder, number):
