@@ -14,6 +14,10 @@ from cython_ext.wire cimport Wire, answer, answer_open
 from libc.errno cimport ENODATA, ENOENT, ENOSYS
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
+from libc.string cimport memset
+
+cdef enum:
+    ENTRY_BYTES = sizeof(fuse_create_out) - sizeof(fuse_open_out)
 
 
 cdef inline bint names_answered(
@@ -23,7 +27,9 @@ cdef inline bint names_answered(
     cdef fuse_create_out made
     cdef fuse_open_out opened
     if head.opcode == FUSE_LOOKUP and is_absent(&known.names, message, size):
-        code[0] = answer(wire, head.unique, ENOENT, NULL, 0)
+        memset(&made, 0, ENTRY_BYTES)  # no inode: like ENOENT, but the kernel may keep it
+        made.entry_valid = known.names.absent_s
+        code[0] = answer(wire, head.unique, 0 if known.names.absent_s else ENOENT, &made, ENTRY_BYTES)
     elif head.opcode == FUSE_CREATE and makes_files and make_file(known, message, size, &made):
         code[0] = answer_open(wire, &known.events, head.unique, &made, sizeof(made), made.opened.fh)
     elif head.opcode == FUSE_UNLINK and remove_name(known, message, size):

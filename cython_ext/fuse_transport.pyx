@@ -323,9 +323,9 @@ cdef class Transport:
         """After a name can no longer be found."""
         names_remove(&self.known.names, name_hash(folder, &name[0], <size_t>name.shape[0]))
 
-    def names_are_complete(self):
-        """Every name of the filesystem was added: from now on others are answered with ENOENT."""
-        self.known.names.complete = True
+    def names_are_complete(self, uint32_t absent_s=0):
+        """Every name of the filesystem was added: others do not exist, and the kernel may take that for true for so many seconds."""
+        self.known.names.absent_s, self.known.names.complete = absent_s, True
 
     def take_listings(self):
         """From now on next_listing() gives what is asked of folders. A descriptor that is readable when there may be some."""

@@ -12,6 +12,7 @@
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+from cython_ext.name_table cimport is_of_python
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
@@ -146,7 +147,9 @@ cdef inline void allow_removals(NamePool *pool, bint allowed) noexcept nogil:
 
 cdef inline bint begin_record(const fuse_in_header *head, const uint8_t *name, size_t length, NameRecord *record) noexcept nogil:
     """`length`: of the name with its zero byte."""
-    if length < 2 or length > NAME_ROOM or name[length - 1] or name[0] == c"." or head.total_extlen or head.unique >> 63:
+    if length < 2 or length > NAME_ROOM or name[length - 1] or head.total_extlen or head.unique >> 63:
+        return False
+    if is_of_python(head.nodeid, name, length - 1):
         return False
     memset(record, 0, sizeof(NameRecord))
     record.request, record.folder, record.kind = head.unique, head.nodeid, head.opcode
@@ -156,7 +159,7 @@ cdef inline bint begin_record(const fuse_in_header *head, const uint8_t *name, s
 
 
 cdef inline bint read_create(const uint8_t *message, size_t size, NameRecord *record) noexcept nogil:
-    """What a CREATE asks for. False when it is none of the plain ones: sent again, with extensions, a name that begins with a dot."""
+    """What a CREATE asks for. False when it is none of the plain ones: sent again, with extensions, a name of Python's."""
     cdef const fuse_in_header *head = <const fuse_in_header *>message
     cdef const fuse_create_in *arg = <const fuse_create_in *>(message + sizeof(fuse_in_header))
     cdef size_t before = sizeof(fuse_in_header) + sizeof(fuse_create_in)

@@ -1,33 +1,38 @@
 # Which names exist, as counted 64-bit hashes of (folder, name): enough to answer "no such file" without Python.
 #
-# Owns: the counts. A .pxd of inline functions, compiled into fuse_transport. Knows no inode.
+# Owns: the counts, and how long the kernel may keep what it was told. A .pxd of inline functions, compiled into fuse_transport.
+# Knows no inode.
 # Invariants:
 # (1) Python adds a name before it can be looked up, and removes it after it no longer can: a count of 0 means that there is
 #     no such name. Names of one hash share a count, so a collision costs a question to Python, never a wrong answer.
 # (2) Nothing is answered from the table before Python said that it is complete.
+# (3) The kernel may go on by itself for `absent_s`: each name that appears later is made by way of that kernel, which then knows it.
 
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.u64_map cimport U64Map, map_double, map_free, map_full, map_get, map_init, map_put, map_take
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint64_t, uint8_t
+from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from libc.string cimport memcmp
 
 ctypedef struct NameTable:
     pthread_mutex_t mutex
     U64Map map
     bint complete
+    uint32_t absent_s
 
 cdef enum:
     FIRST_NAME_SLOTS = 4096
     NAME_MAX = 255
+    ROOT_FOLDER = 1
     VIRTUAL_SHIFT = 60  # folders from 1 << 60 on are made up by Python: their names are not in the table
 
 
 cdef inline int names_init(NameTable *table) noexcept nogil:
     """0, or -1 when there is no memory."""
     pthread_mutex_init(&table.mutex, NULL)
-    table.complete = False
+    table.complete, table.absent_s = False, 0
     return map_init(&table.map, FIRST_NAME_SLOTS)
 
 
@@ -87,11 +92,18 @@ cdef inline bint names_hold(NameTable *table, uint64_t key) noexcept nogil:
     return held
 
 
+cdef inline bint is_of_python(uint64_t folder, const uint8_t *name, size_t size) noexcept nogil:
+    """Whether only Python knows what a name means: dots, and what it makes up."""
+    if name[0] != c".":
+        return False
+    return size == 1 or (size == 2 and name[1] == c".") or (folder == ROOT_FOLDER and size == 8 and not memcmp(name, b".cascade", 8))
+
+
 cdef inline bint is_absent(NameTable *table, const uint8_t *message, size_t size) noexcept nogil:
-    """Whether a LOOKUP asks for a name that certainly is not there. Too long names and dots are Python's."""
+    """Whether a LOOKUP asks for a name that certainly is not there. Too long names are Python's, too."""
     cdef const uint8_t *name = message + sizeof(fuse_in_header)
     cdef size_t length = size - sizeof(fuse_in_header)
     cdef uint64_t folder = (<const fuse_in_header *>message).nodeid
-    if length < 2 or length > NAME_MAX + 1 or name[0] == c"." or folder >> VIRTUAL_SHIFT:
+    if length < 2 or length > NAME_MAX + 1 or folder >> VIRTUAL_SHIFT or is_of_python(folder, name, length - 1):
         return False
     return names_lack(table, name_hash(folder, name, length - 1))

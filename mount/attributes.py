@@ -13,6 +13,9 @@ from cascadefs.types import Inode
 # Names and attributes change only through this mount, so the kernel sees every change. Exception: times that a write
 # through a mapping moves while the file is staged; they may be seen this much later (at once after fsync or msync).
 STAGED_S, SETTLED_S = 30, 3600
+# The kernel may keep that a name is absent, too: none appears past it. Exception: a program is killed while it creates one and
+# waits for the next worker; that name may be hidden so long.
+ABSENT_S = 600
 BLOCK = 4096
 FOLDER_BLOCK = 128 * KIB  # opendir(3) of glibc makes its buffer so large, and the kernel asks us for as many entries as fit it
 NS = 1_000_000_000

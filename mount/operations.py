@@ -23,7 +23,7 @@ from cascadefs.ext.listing import DOTS
 from cascadefs.live import Handle
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.answered import Answered
-from cascadefs.mount.attributes import entry, getattr_answer, statfs_of
+from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.listings import Listings
@@ -160,7 +160,7 @@ class Operations(pyfuse3.Operations):
             for parent, name in names:
                 self.transport.add_name(parent, name)
             await trio.lowlevel.checkpoint()
-        self.transport.names_are_complete()
+        self.transport.names_are_complete(ABSENT_S)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""

@@ -133,8 +133,8 @@ def test_a_setgid_folder_gives_its_group(maker):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(b".hidden", {}), (b"known", {}), (b"n" * 256, {}), (b"x", {"unique": RESENT | 8}), (b"x", {"extensions": 1})],
-    ids=["dot", "known", "too long", "sent again", "extensions"],
+    [(b".cascade", {}), (b"known", {}), (b"n" * 256, {}), (b"x", {"unique": RESENT | 8}), (b"x", {"extensions": 1})],
+    ids=["python's", "known", "too long", "sent again", "extensions"],
 )
 def test_what_is_not_plain_is_for_python(maker, name, options):
     maker.offer(70)

@@ -298,6 +298,9 @@ def test_only_names_that_are_surely_absent_are_answered_here(wire):
     wire.transport.names_are_complete()
     wire.ask(LOOKUP, b"gone\0")
     assert wire.answered() == (-errno.ENOENT, 7, b"")
+    for name in (b".hidden", b"...", b".cascadf", b".cascade2"):
+        wire.ask(LOOKUP, name + b"\0")
+        assert wire.answered()[0] == -errno.ENOENT
     for name in (b"here", b".", b"..", b".cascade", b"n" * 256):
         wire.ask(LOOKUP, name + b"\0")
         assert wire.forwarded() == (LOOKUP, name + b"\0")
@@ -310,6 +313,15 @@ def test_only_names_that_are_surely_absent_are_answered_here(wire):
     wire.transport.remove_name(1, b"here")
     wire.ask(LOOKUP, b"here\0")
     assert wire.answered()[0] == -errno.ENOENT
+
+
+def test_the_kernel_is_told_how_long_it_may_keep_that_a_name_is_absent(wire):
+    wire.transport.add_name(1, b"here")
+    wire.transport.names_are_complete(600)
+    wire.ask(LOOKUP, b"gone\0")
+    assert wire.answered() == (0, 7, struct.pack("<4Q2I", 0, 0, 600, 0, 0, 0) + bytes(88))  # fuse_entry_out without an inode
+    wire.ask(LOOKUP, b"here\0")
+    assert wire.forwarded()[0] == LOOKUP
 
 
 def test_the_name_table_agrees_with_a_plain_counter(wire):
