@@ -5,11 +5,12 @@ Owns: the queue of those who wait. The file stays staged; what is durable become
 (2) Order: records, fdatasync, one transaction, sync of the index. Nothing of a capture is known before that transaction; when
     the world has changed in between, so that it would be wrong, the capture is made again.
 (3) What goes wrong with one file is told to its caller only.
+(4) The manifest behind the bytes tells whose they are: names, attributes and content of each file, and what led to them.
 """
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -19,11 +20,13 @@ from cascadefs.crash import point
 from cascadefs.errors import UnreadableCopy
 from cascadefs.ext import hashing
 from cascadefs.extent import OpenExtent
-from cascadefs.files import Files
-from cascadefs.journal import Journal, Taken, encoded
+from cascadefs.files import Files, changed_ns
+from cascadefs.index import digest_of
+from cascadefs.journal import Journal, Taken
 from cascadefs.live import take
+from cascadefs.manifest import Listed, encode
 from cascadefs.record import record_bytes
-from cascadefs.sealing import Content, Sealer
+from cascadefs.sealing import DOMAIN_BITS, Content, Sealer
 from cascadefs.tiers.capture import Capture, Subject
 from cascadefs.types import Home, Location, Print
 
@@ -47,6 +50,36 @@ class _Open:
     domain: int  # of deduplication
     is_near: bool  # in memory
     subject: Subject
+    times: tuple[int, int]  # of modification and change, before it is read
+
+    def listed(self) -> Listed:
+        """What was read, as an object; its digest is another one only if an object of that digest has other bytes."""
+        prints = [fingerprint for fingerprint, _ in self.subject.prints]
+        return Listed(digest_of(self.subject.size_bytes, prints, self.domain << DOMAIN_BITS), self.subject.size_bytes, prints)
+
+
+class _Document:
+    """The manifest of one append. It is called, once, when all has been read: in whatever thread."""
+
+    def __init__(self, opened: Sequence[_Open], taken: Taken) -> None:
+        self._opened, self._taken = opened, taken
+        self.payload = b""
+        self.told: dict[int, bytes] = {}  # digest that it tells of each inode
+
+    def __call__(self) -> bytes:
+        manifest, drafts = self._taken.manifest, self._taken.drafts
+        inodes, objects = list(manifest.inodes), {found.digest: found for found in manifest.objects}
+        for one in self._opened:
+            found = one.listed()
+            if one.subject.size_bytes:
+                objects[found.digest] = found
+            if one.ino in drafts:
+                digest = found.digest if one.subject.size_bytes else None
+                mtime_ns, ctime_ns = one.times
+                inodes.append(replace(drafts[one.ino], digest=digest, mtime_ns=mtime_ns, ctime_ns=ctime_ns))
+                self.told[one.ino] = found.digest
+        self.payload = encode(replace(manifest, inodes=inodes, objects=list(objects.values())))
+        return self.payload
 
 
 class Fsyncs:
@@ -120,7 +153,7 @@ class Fsyncs:
     async def _captured(self, inos: set[int]) -> set[int]:
         """Those that were staged until their bytes were durable. The index is not synced yet."""
         while True:
-            taken = await self._journal.changes(())
+            taken = await self._journal.changes((), captured=inos)
             shared: dict[Print, Location] = {}
             opened = list[_Open]()
             try:
@@ -147,14 +180,16 @@ class Fsyncs:
         domain = self._sealer.domain(inode)
         places = {} if domain else shared
         is_near = inode.home == Home.MEMORY
-        return [_Open(ino, domain, is_near, Subject(fd, os.fstat(fd).st_size, not domain, places))]
+        found = os.fstat(fd)
+        times = found.st_mtime_ns, changed_ns(inode, found.st_mtime_ns)
+        return [_Open(ino, domain, is_near, Subject(fd, found.st_size, not domain, places), times)]
 
     async def _write(self, opened: Sequence[_Open], taken: Taken) -> set[int] | None:
         """None: the index is not any more as it was when it was asked what lacks a place."""
         number, position = await self._extent.tail()
-        manifest = await encoded(taken.manifest)
+        document = _Document(opened, taken)
         try:
-            end = await self._append(opened, number, position, manifest)
+            end = await self._append(opened, number, position, document)
         except UnreadableCopy:
             raise  # the extents are not to blame
         except OSError as e:
@@ -166,29 +201,30 @@ class Fsyncs:
         for one in opened:
             subject = one.subject
             contents.append((one, await self._sealer.content(subject.fd, subject.size_bytes, subject.prints, one.domain)))
-        durable = self._commit(contents, taken, Location(number, end - record_bytes(len(manifest)), len(manifest)), manifest)
+        at = Location(number, end - record_bytes(len(document.payload)), len(document.payload))
+        durable = self._commit(contents, taken, at, document)
         if durable is not None:
             point("durable")
             await self._extent.seal_if_full(number, end)
             self._files.wake()
         return durable
 
-    async def _append(self, opened: Sequence[_Open], number: int, position: int, manifest: bytes) -> int:
+    async def _append(self, opened: Sequence[_Open], number: int, position: int, document: _Document) -> int:
         files, subjects = self._files, [one.subject for one in opened]
         cold, step, lacking = files.residency.cold, files.index.block_bytes, files.bulk.lacking
         if all(one.is_near for one in opened) and sum(subject.size_bytes for subject in subjects) <= INLINE_BYTES:
             capture = Capture(cold, step, number, position, lacking)
-            capture.pack(subjects, manifest)
+            capture.pack(subjects, document)
             return await trio.to_thread.run_sync(capture.write)
 
         def lacking_from_thread(prints: Sequence[Print]) -> set[Print]:
             return trio.from_thread.run_sync(lacking, prints)
 
         capture = Capture(cold, step, number, position, lacking_from_thread)
-        return await trio.to_thread.run_sync(capture.run, subjects, manifest)
+        return await trio.to_thread.run_sync(capture.run, subjects, document)
 
     def _commit(
-        self, contents: Sequence[tuple[_Open, Content]], taken: Taken, at: Location, manifest: bytes
+        self, contents: Sequence[tuple[_Open, Content]], taken: Taken, at: Location, document: _Document
     ) -> set[int] | None:
         """The transaction. What is not staged any more is left out: its writer has gone, it will be flushed as an object."""
         files, kept = self._files, list[Captured]()
@@ -201,13 +237,24 @@ class Fsyncs:
             new = NewObject(content.digest, content.size_bytes, content.prints, one.subject.shares)
             kept.append(Captured(one.ino, new, one.subject.places))
         written = {place for one, _ in contents for place in one.subject.places.values()}
+        changed_since = files.database.changed & {one.ino for one, _ in contents}
         try:
             with files.database.transaction():
                 files.dead += files.bulk.keep(kept, written, at.extent, at.offset + record_bytes(at.length))
-                files.dead += self._journal.written(taken, at, hashing.fingerprint(manifest, files.database.identity.secret))
+                fingerprint = hashing.fingerprint(document.payload, files.database.identity.secret)
+                files.dead += self._journal.written(taken, at, fingerprint)
                 for captured in kept:
-                    files.namespace.update(captured.ino, size=files.attributes(captured.ino).size)
+                    self._refresh(captured.ino)
         except Unplaced:
             return None
+        told = {one.ino for one in kept if document.told.get(one.ino) == one.content.digest}
+        files.database.changed -= told - changed_since
+        files.database.changed |= document.told.keys() - told
+        files.database.unlisted.difference_update(files.bulk.numbers({document.told[ino] for ino in told}).values())
         self._extent.placed |= {content.digest: None for _, content in contents if content.known and not content.known.durable}
         return {captured.ino for captured in kept}
+
+    def _refresh(self, ino: int) -> None:
+        """What the inode falls back to has the size and times that its file has now."""
+        now = self._files.attributes(ino)
+        self._files.namespace.update(ino, size=now.size, mtime_ns=now.mtime_ns, ctime_ns=now.ctime_ns)

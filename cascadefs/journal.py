@@ -5,15 +5,16 @@ index.py), and when a snapshot is worth its size. Reads rows only. Invariants:
 (1) What a manifest takes is given back when it could not be written: nothing is forgotten while the process lives.
 (2) After a process that did not close the store, what had changed is not known: then the next snapshot tells everything.
 (3) A file is told with content that is durable once the manifest is; without any it is not told yet.
-(4) Rows are read in pages with a turn of the scheduler between them, of a snapshot that nobody waits for with a pause; what
+(4) An inode whose bytes are being captured is told with them, in the manifest that is written behind them.
+(5) Rows are read in pages with a turn of the scheduler between them, of a snapshot that nobody waits for with a pause; what
     changes meanwhile is in the next manifest.
 """
 
 import itertools
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
@@ -41,11 +42,12 @@ _ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A manifest, and what to give back if it is not written."""
+    """A manifest, and what to give back if it is not written. `drafts`: of inodes whose content is not known yet."""
 
     manifest: Manifest
     inodes: set[int]
     objects: set[int]
+    drafts: dict[int, Told] = field(default_factory=dict)
 
 
 class Journal:
@@ -54,6 +56,7 @@ class Journal:
     def __init__(self, database: Database, index: Index) -> None:
         self._database, self._db, self._index = database, database.connection, index
         self._bulk = Bulk(database, index)
+        self._under_way = set[int]()  # inodes of a manifest that is being written
         last = self._db.execute("SELECT seq, snapshot FROM manifests ORDER BY seq DESC LIMIT 1").fetchone()
         empty = self._db.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None
         self.incomplete = not empty and not (last is not None and last[1] & CLEAN)
@@ -66,6 +69,11 @@ class Journal:
         """Whether a manifest would say anything."""
         return bool(self._database.changed or self._database.unlisted)
 
+    def has_news_of(self, ino: int) -> bool:
+        """Whether the extents may lack something of an inode, its names and the folders that lead to them."""
+        new = self._database.changed | self._under_way if self._under_way else self._database.changed
+        return self.incomplete or (bool(new) and not new.isdisjoint(self._lineage((ino,))))
+
     def wants_snapshot(self) -> bool:
         """Whether the next manifest should tell everything."""
         whole, since = self._index.manifest_bytes()
@@ -73,15 +81,18 @@ class Journal:
 
     # --- what
 
-    async def changes(self, batch: Sequence[Object]) -> Taken:
-        """What the extents do not tell yet; `batch` are the objects that become durable with it."""
+    async def changes(self, batch: Sequence[Object], synced: Iterable[int] = (), captured: Iterable[int] = ()) -> Taken:
+        """What the extents do not tell yet; `batch` are the objects that become durable with it. Somebody waits for `synced`,
+        which are durable, and `captured`, whose bytes are about to be read: they are told in any case."""
         inodes, objects = self._take()
         try:
-            ready = {found.oid for found in batch}
-            wanted = inodes | self._bulk.inodes_of(ready)
+            ready, drafts = {found.oid for found in batch}, set(captured)
+            wanted = inodes | self._bulk.inodes_of(ready) | drafts
+            if self.incomplete:
+                wanted |= self._lineage([*synced, *drafts])
             told, gone, listed = list[Told](), list[int](), list[Listed]()
             for page in _pages(sorted(wanted)):
-                rows = self._told(f"WHERE i.ino IN ({marks(page)})", page, ready)
+                rows = self._told(f"WHERE i.ino IN ({marks(page)})", page, ready, drafts)
                 told += [row for row in rows if row is not None]
                 gone += self._gone(page)
                 await _turn_after(page)
@@ -93,7 +104,9 @@ class Journal:
         except BaseException:
             self._give_back(inodes, objects)
             raise
-        return Taken(Manifest(self._index.next_manifest(), False, told, gone, listed), inodes, objects)
+        complete = [row for row in told if row.ino not in drafts]
+        manifest = Manifest(self._index.next_manifest(), False, complete, gone, listed)
+        return Taken(manifest, inodes, objects, {row.ino: row for row in told if row.ino in drafts})
 
     async def everything(self, hurried: Callable[[], bool] = lambda: True) -> Taken:
         """A snapshot: every inode with a name, every durable object. Slowly unless `hurried`: somebody waits for it."""
@@ -120,6 +133,7 @@ class Journal:
         """The manifest is in an extent and synced; commits that. Returns records that died."""
         if taken.manifest.snapshot:
             self.incomplete = False
+        self._under_way = set()
         return self._index.add_manifest(taken.manifest.seq, at, fingerprint, taken.manifest.snapshot)
 
     def not_written(self, taken: Taken) -> None:
@@ -138,14 +152,27 @@ class Journal:
         inodes, objects = set(self._database.changed), set(self._database.unlisted)
         self._database.changed.clear()  # in place: the namespace holds the same set
         self._database.unlisted.clear()
+        self._under_way = inodes
         return inodes, objects
 
     def _give_back(self, inodes: Iterable[int], objects: Iterable[int]) -> None:
         self._database.changed.update(inodes)
         self._database.unlisted.update(objects)
+        self._under_way = set()
 
-    def _told(self, where: str, parameters: Sequence[int], ready: set[int]) -> list[Told | None]:
-        """One entry for each row; None for an inode that has no name, or no content yet."""
+    def _lineage(self, inos: Iterable[int]) -> set[int]:
+        """These, and the folders on all their ways to the root."""
+        found, todo = set[int](), set(inos)
+        while todo:
+            found |= todo
+            rows = self._db.execute(f"SELECT parent FROM entries WHERE ino IN ({marks([*todo])})", [*todo])
+            todo = {parent for (parent,) in rows} - found
+        return found
+
+    def _told(
+        self, where: str, parameters: Sequence[int], ready: set[int], drafts: Container[int] = ()
+    ) -> list[Told | None]:
+        """One entry for each row; None for an inode that has no name, or no content yet and is none of the `drafts`."""
         rows = self._db.execute(_ROWS + where, parameters).fetchall()
         if not rows:
             return []
@@ -157,7 +184,9 @@ class Journal:
         xattrs: dict[int, list[tuple[bytes, bytes]]] = {}
         for ino, name, value in self._db.execute(f"SELECT ino, name, value FROM xattrs WHERE ino IN ({asked})", inos):
             xattrs.setdefault(ino, []).append((name, value))
-        return [_as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready) for row in rows]
+        return [
+            _as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready, row[0] in drafts) for row in rows
+        ]
 
     def _gone(self, page: Sequence[int]) -> list[int]:
         rows = self._db.execute(f"SELECT ino FROM inodes WHERE ino IN ({marks(page)}) AND nlink>0", page)
@@ -179,11 +208,13 @@ class Journal:
         }
 
 
-def _as_told(row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes, bytes]], ready: set[int]) -> Told | None:
-    """`row` as _ROWS has it."""
+def _as_told(
+    row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes, bytes]], ready: set[int], is_draft: bool
+) -> Told | None:
+    """`row` as _ROWS has it. A draft has no content yet."""
     ino, mode, uid, gid, rdev, atime, mtime, ctime, target, links, home, oid, digest, durable, fallback, fallback_oid = row
     content = digest if durable or oid in ready else fallback
-    empty = (not home and oid is None) or (content is None and fallback_oid == EMPTY_OID)
+    empty = is_draft or (not home and oid is None) or (content is None and fallback_oid == EMPTY_OID)
     if not links or (stat.S_ISREG(mode) and not empty and content is None):
         return None
     shown = None if empty else content

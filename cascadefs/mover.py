@@ -382,7 +382,22 @@ class Mover:
         else:
             if (now := self.files.namespace.find(ino)) is not None and now.oid is not None:
                 await self.make_durable(now.oid)
+        await self._tell_of(ino)
         await self.sync_index()
+
+    async def fsync_folder(self, ino: int) -> None:
+        """The names in a folder, and of it, are durable afterwards."""
+        if self.journal.incomplete:
+            await self.tell()  # names that went before a crash are told by a snapshot only
+        await self._tell_of(ino)
+        await self.sync_index()
+
+    async def _tell_of(self, ino: int) -> None:
+        """An inode whose content is durable: its names, its attributes, the folders above it."""
+        if self.journal.has_news_of(ino):
+            async with self.extent.lock:
+                if self.journal.has_news_of(ino):
+                    await self._append((), await self.journal.changes((), synced=(ino,)))
 
     async def _fsync_copy(self, ino: int) -> None:
         """Of a large file that has writers: it would be too long for one append."""

@@ -3,7 +3,7 @@
 Owns: replaying manifests, lost+found, the exchange of the index files. Knows no FUSE. Invariants:
 (1) The old index is renamed, never deleted or changed; the new one is complete and synced before it takes the place.
 (2) A file shows the newest content told of it whose blocks are all there; without one it is absent, and said so.
-(3) What is whole and has no name, in the extents or in a memory tier, goes to /lost+found.
+(3) What is whole and has no name, in the extents or in a memory tier, goes to /lost+found; not what a file held before.
 """
 
 import json
@@ -65,6 +65,7 @@ class Replay:
             for ino in manifest.gone:
                 self.inodes.pop(ino, None)
             for told in manifest.inodes:
+                self.inodes.pop(told.ino, None)  # they stand in the order in which they were told last
                 self.inodes[told.ino] = told
                 if told.digest is not None:
                     self.versions.setdefault(told.ino, []).append(told.digest)
@@ -105,10 +106,11 @@ class Tree:
         self.inodes.setdefault(ROOT, root)
         self._next = max(self.inodes) + 1
         self._lost = 0
-        for told in list(self.inodes.values()):
+        for told in reversed(list(self.inodes.values())):  # who was told last has the name
             for parent, name in told.names:
                 if self._is_folder(parent) and 0 < len(name) <= NAME_MAX and (parent, name) not in self.entries:
                     self.entries[parent, name] = told.ino
+        self.entries = dict(reversed(self.entries.items()))
         self._attach_the_unreachable()
 
     def _is_folder(self, ino: int) -> bool:
@@ -261,8 +263,9 @@ class Rebuilder:
         for ino in homes:
             if ino not in tree.inodes:
                 tree.add_lost(tree.new_inode(None, ino), b"inode-%d" % ino)
+        older = {digest for ino in replay.inodes for digest in replay.versions.get(ino, ())}  # replaced, not lost
         for digest in replay.contents:
-            if digest not in shown:
+            if digest not in shown and digest not in older:
                 tree.add_lost(tree.new_inode(digest), digest.hex().encode())
         for digest in set(copies) - owned:
             ino = tree.new_inode(None)

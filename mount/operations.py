@@ -260,7 +260,7 @@ class Operations(pyfuse3.Operations):
         if fh == virtual.FOLDER:
             await self.store.flush()
         else:
-            await self.store.mover.sync_index()
+            await self.store.mover.fsync_folder(fh)
 
     # --- attributes
 

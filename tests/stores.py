@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import stat
 import subprocess
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
+from cascadefs.namespace import ROOT
 from cascadefs.store import Store
 
 
@@ -21,6 +23,20 @@ async def opened(settings):
             nursery.cancel_scope.cancel()
     finally:
         store.close()
+
+
+@contextmanager
+def written(store, name, data, folder=ROOT):
+    """A new file that is still open for writing: its inode's number."""
+    inode = store.namespace.make(folder, name.encode(), stat.S_IFREG | 0o600, 0, 0, home=1)
+    handle = store.files.create_content(inode)
+    fd = os.open(store.files.staged_path(store.namespace.get(inode.ino)), os.O_WRONLY)
+    os.write(fd, data)
+    try:
+        yield inode.ino
+    finally:
+        os.close(fd)
+        store.files.release(handle)
 
 
 def pause(store):

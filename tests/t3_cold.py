@@ -85,7 +85,7 @@ def test_nor_when_files_go_straight_there(cold, database, tmp_path):
     os.pwrite(other := os.open(cold.path(1), os.O_WRONLY), b"rubbish of a crash" * 100_000, start)
     os.close(other)
     subject = Subject(fd, len(data), False, {})
-    end = Capture(cold, 4 << 20, 1, start, set).run([subject], b"a manifest")
+    end = Capture(cold, 4 << 20, 1, start, set).run([subject], lambda: b"a manifest")
     os.close(fd)
     state = os.stat(cold.path(1))
     assert state.st_size == end and state.st_blocks * 512 < 1 << 20

@@ -1,15 +1,13 @@
 """Many files at a time: sealed in batches, fsynced together; each is as safe and as shared as it would be alone."""
 
 import os
-import stat
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import trio
 import trio.testing
 from recount import recount
-from stores import memory_of, opened, wipe_memory
+from stores import memory_of, opened, wipe_memory, written
 
 from cascadefs.config import MIB
 from cascadefs.ext import hashing
@@ -21,20 +19,6 @@ from cascadefs.tiers.cold import ColdTier
 from cascadefs.types import Location
 
 KIB = 1024
-
-
-@contextmanager
-def written(store, name, data):
-    """A new file that is still open for writing: its inode's number."""
-    inode = store.namespace.make(ROOT, name.encode(), stat.S_IFREG | 0o600, 0, 0, home=1)
-    handle = store.files.create_content(inode)
-    fd = os.open(store.files.staged_path(store.namespace.get(inode.ino)), os.O_WRONLY)
-    os.write(fd, data)
-    try:
-        yield inode.ino
-    finally:
-        os.close(fd)
-        store.files.release(handle)
 
 
 async def fsync_all(store, inos):
@@ -199,7 +183,7 @@ def test_a_capture_packs_what_is_lacking_and_reads_a_file_that_shrank_as_zeros(t
     places = {}
     subjects = [Subject(fd, size, True, places) for fd, size in zip(fds, sizes, strict=True)]
     start, manifest = tier.create(1), b"manifest" * 1000
-    end = Capture(tier, block, 1, start, lacking).run(subjects, manifest)
+    end = Capture(tier, block, 1, start, lacking).run(subjects, lambda: manifest)
     lengths = [*(length for _, length in places), len(manifest)]
     assert os.path.getsize(tier.path(1)) == end == start + sum(map(record_bytes, lengths))
     for number, subject in enumerate(subjects):

@@ -2,16 +2,19 @@
 
 import os
 import stat
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
-from stores import flip, opened, wipe_memory
+from stores import flip, opened, wipe_memory, written
 
 from cascadefs import fsck, journal
 from cascadefs.config import MIB, Settings
 from cascadefs.manifest import Listed, Manifest, Told, decode, encode
 from cascadefs.namespace import ROOT
-from cascadefs.rebuild import rebuild
+from cascadefs.rebuild import Replay, Tree, rebuild
+from cascadefs.store import Store
 
 
 def quiet(done, total):
@@ -183,6 +186,120 @@ async def test_the_old_index_is_kept_and_dead_manifests_hold_no_extent(settings)
         await store.flush()
         await store.flush()
         assert store.index.totals()["extents"] <= 2
+
+
+after_a_death = pytest.mark.parametrize("died", [False, True], ids=["ended", "died"])
+
+
+@asynccontextmanager
+async def at_rest(settings, died):
+    """A store without tasks of its own. `died`: the process before it did not end."""
+    store = Store(settings)
+    store.mover.journal.incomplete = died
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+async def rebuilt(settings, died, last):
+    """Memory and index are lost after `last(store)`, and made anew: {path: bytes}, {path: as in tree()}, what was told."""
+    async with at_rest(settings, died) as store:
+        await last(store)
+    lose_index(settings)
+    result = rebuild(settings.store, settings.shm_dir, quiet)
+    async with at_rest(settings, False) as store:
+        seen = {path.decode(): entry for path, entry in tree(store).items()}
+        files = {path: await store.get(path) for path, entry in seen.items() if stat.S_ISREG(entry[1])}
+    return files, seen, result
+
+
+async def fsync_together(store, *inos):
+    async with trio.open_nursery() as nursery:
+        for ino in inos:
+            nursery.start_soon(store.mover.fsync, ino)
+
+
+@after_a_death
+@pytest.mark.parametrize("size", [0, 1, 70_000, 9 * MIB])
+async def test_the_last_file_that_was_fsynced_has_its_name(slow_seal, died, size):
+    data = os.urandom(size)
+
+    async def last(store):
+        top = store.namespace.make(ROOT, b"top", stat.S_IFDIR | 0o750, 5, 6)
+        deep = store.namespace.make(top.ino, b"deep", stat.S_IFDIR | 0o700, 0, 0)
+        store.namespace.make_in(ROOT, b"link", stat.S_IFLNK | 0o777, 1, 2, target=b"top/deep/new")
+        with written(store, "new", data, deep.ino) as ino:
+            store.namespace.set_xattr(ino, b"user.note", b"kept")
+            store.namespace.link(ino, ROOT, b"again")
+            store.files.set_times(ino, 7, 8)
+            await store.mover.fsync(ino)
+
+    files, seen, result = await rebuilt(slow_seal, died, last)
+    assert files == {"/top/deep/new": data, "/again": data}
+    assert (result.lost_and_found, result.absent) == (0, [])
+    _, mode, _, _, links, _, _, mtime_ns, _, _, _, xattrs = seen["/top/deep/new"]
+    assert (mode, links, mtime_ns, xattrs) == (stat.S_IFREG | 0o600, 2, 8, {b"user.note": b"kept"})
+    assert seen["/top"][1:4] == (stat.S_IFDIR | 0o750, 5, 6)
+
+
+@after_a_death
+async def test_so_has_one_whose_bytes_are_known_and_one_that_was_fsynced_before(slow_seal, died):
+    data = os.urandom(50_000)
+
+    async def last(store):
+        await store.put("known", data)
+        await store.flush()
+        with written(store, "twin", data) as ino, written(store, "twice", b"first") as again:
+            await fsync_together(store, ino, again)
+            os.truncate(store.files.staged_path(store.namespace.get(again)), 2)
+            store.namespace.rename(ROOT, b"twice", ROOT, b"renamed", 0)
+            await fsync_together(store, again)
+
+    files, _, result = await rebuilt(slow_seal, died, last)
+    assert files == {"/known": data, "/twin": data, "/renamed": b"fi"} and result.lost_and_found == 0
+
+
+@after_a_death
+@pytest.mark.parametrize("of", ["file", "folder"])
+async def test_what_was_fsynced_as_it_lay_there_keeps_its_new_name(slow_seal, died, of):
+    async def last(store):
+        names = store.namespace
+        folder = names.make(ROOT, b"folder", stat.S_IFDIR | 0o755, 0, 0).ino
+        for name in ("a", "b", "gone", "replaced"):
+            await store.put(name, name.encode() * 100)
+        await store.flush()
+        ino = names.lookup(ROOT, b"a").ino
+        names.rename(ROOT, b"a", folder, b"moved", 0)
+        names.rename(ROOT, b"b", ROOT, b"replaced", 0)
+        store.files.forget_if_gone(names.unlink(ROOT, b"gone").ino)
+        names.update(ino, mode=stat.S_IFREG | 0o640)
+        await (store.mover.fsync(ino) if of == "file" else store.mover.fsync_folder(folder))
+
+    files, seen, _ = await rebuilt(slow_seal, died, last)
+    assert seen["/folder/moved"][1] == stat.S_IFREG | 0o640
+    named = {path: data for path, data in files.items() if "lost+found" not in path}  # deleted bytes are not punched yet
+    assert named == {"/folder/moved": b"a" * 100, "/replaced": b"b" * 100}
+
+
+@after_a_death
+async def test_one_longer_than_a_batch_has_its_name(slow_seal, died):
+    data, slow_seal = os.urandom(3 * MIB), replace(slow_seal, batch_size=MIB)
+
+    async def last(store):
+        with written(store, "long", data) as ino:
+            await store.mover.fsync(ino)
+
+    files, _, result = await rebuilt(slow_seal, died, last)
+    assert files == {"/long": data} and result.lost_and_found == 0
+
+
+def test_a_name_is_of_whom_was_told_of_it_last():
+    """An old inode may have lost its name in a process that died before it said so."""
+    first, second, third = (Told(ino, 0o100644, 1, 2, 0, 3, 4, 5, None, None, [(ROOT, b"f")]) for ino in (5, 6, 7))
+    manifests = [Manifest(1, False, [third, first], [], []), Manifest(2, False, [second], [], [])]
+    tree = Tree(Replay(manifests, {}, 4 * MIB), {})
+    assert tree.entries[ROOT, b"f"] == 6 and tree.in_lost_and_found == 2
 
 
 @pytest.mark.parametrize("hurried", [False, True])

@@ -26,6 +26,8 @@ from cascadefs.types import Location, Print
 
 FIRST_BYTES = WRITE_BYTES // 2  # of the first write, before which nothing is on its way
 NO_BLOCK = 0  # they have no numbers yet, and those count from 1
+Tail = Callable[[], bytes]  # a manifest; asked for when every block has been read
+TAIL_BYTES = 64 << 10  # of room for one, nearly always enough
 Lacking = Callable[[Sequence[Print]], set[Print]]
 
 
@@ -51,11 +53,11 @@ class Capture:
         self._number, self._start, self._end = number, position, position
         self._packed: tuple[mmap.mmap, int] | None = None
 
-    def pack(self, subjects: Sequence[Subject], manifest: bytes) -> None:
+    def pack(self, subjects: Sequence[Subject], tail: Tail) -> None:
         """The first half of run(), for little: read without a thread, before write() in one."""
         group = [part for parts in _groups(subjects, self._block_bytes) for part in parts]
-        data = self._cold.buffers.take(max(MIB, _room(group, manifest)))  # of a size that is kept
-        self._packed = data, self._fill(data, group, manifest)
+        data = self._cold.buffers.take(max(MIB, _room(group)))  # of a size that is kept
+        self._packed = self._with_tail(data, self._fill(data, group), tail)
 
     def write(self) -> int:
         """Write what was packed; the new end."""
@@ -65,15 +67,15 @@ class Capture:
             self._put(fd, data, used)
         return self._end
 
-    def run(self, subjects: Sequence[Subject], manifest: bytes | None) -> int:
+    def run(self, subjects: Sequence[Subject], tail: Tail | None) -> int:
         """Write what is lacking, and a manifest behind it, if there is one; fill in prints and places. The new end."""
         groups = list(_groups(subjects, self._block_bytes)) or [[]]
         with self._opened() as fd:
             if len(groups) == 1:
-                data = self._cold.buffers.take(max(MIB, _room(groups[0], manifest)))
-                self._put(fd, data, self._fill(data, groups[0], manifest))
+                data = self._cold.buffers.take(max(MIB, _room(groups[0])))
+                self._put(fd, *self._with_tail(data, self._fill(data, groups[0]), tail))
             else:
-                self._write_groups(fd, groups, manifest)
+                self._write_groups(fd, groups, tail)
         return self._end
 
     @contextlib.contextmanager
@@ -100,19 +102,20 @@ class Capture:
         self._cold.buffers.give(data)
         self._end += used
 
-    def _write_groups(self, fd: int, groups: Sequence[Sequence[Part]], manifest: bytes | None) -> None:
+    def _write_groups(self, fd: int, groups: Sequence[Sequence[Part]], tail: Tail | None) -> None:
         """The next group is read while the last is on its way."""
         with Writes(fd, self._cold.buffers) as writes:
             for group in groups:
-                tail = manifest if group is groups[-1] else None
-                data = writes.buffer(_room(group, tail))
-                used = self._fill(data, group, tail)
+                data = writes.buffer(_room(group))
+                used = self._fill(data, group)
+                if group is groups[-1]:
+                    data, used = self._with_tail(data, used, tail)
                 writes.put(data, used, self._end)
                 self._end += used
             writes.finish()
 
-    def _fill(self, data: mmap.mmap, group: Sequence[Part], manifest: bytes | None) -> int:
-        """Records of the blocks that are lacking, and the manifest, at the beginning of the buffer; how long they are."""
+    def _fill(self, data: mmap.mmap, group: Sequence[Part]) -> int:
+        """Records of the blocks that are lacking at the beginning of the buffer; how long they are."""
         at, found = 0, list[tuple[Subject, Print, int]]()
         with memoryview(data) as view:
             for subject, offset, length in group:
@@ -127,11 +130,19 @@ class Capture:
                 if one not in subject.places and (one in lacking or not subject.shares):
                     subject.places[one] = self._frame(view, at, used, one)
                     used += record_bytes(one[1])
-        if manifest is not None:
-            with self._cold.pack_manifest(self._end + used, manifest) as packed:
-                data[used : used + len(packed)] = packed[:]
-                used += len(packed)
         return used
+
+    def _with_tail(self, data: mmap.mmap, used: int, tail: Tail | None) -> tuple[mmap.mmap, int]:
+        """A manifest behind the records, if there is one; the buffer, or a larger one, and how much of it is used."""
+        if tail is None:
+            return data, used
+        with self._cold.pack_manifest(self._end + used, tail()) as packed:
+            if used + len(packed) > len(data):
+                small, data = data, self._cold.buffers.take(used + len(packed))
+                data[:used] = small[:used]
+                self._cold.buffers.give(small)
+            data[used : used + len(packed)] = packed[:]
+            return data, used + len(packed)
 
     def _read(self, fd: int, offset: int, payload: memoryview) -> bytes:
         try:
@@ -154,9 +165,9 @@ class Capture:
         return Location(self._number, self._end + to, length)
 
 
-def _room(group: Sequence[Part], manifest: bytes | None) -> int:
+def _room(group: Sequence[Part]) -> int:
     """Bytes of all records that there may be."""
-    return sum(record_bytes(length) for _, _, length in group) + (0 if manifest is None else record_bytes(len(manifest)))
+    return sum(record_bytes(length) for _, _, length in group) + TAIL_BYTES
 
 
 def _groups(subjects: Sequence[Subject], block_bytes: int) -> Iterator[list[Part]]:
