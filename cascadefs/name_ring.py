@@ -70,8 +70,8 @@ class Removed:
 Change: TypeAlias = Created | Removed
 
 
-def pending_inodes(folder: Path) -> list[int]:
-    """Inodes of files made, in a ring that nobody uses, read without changing anything; none when there is no ring or it makes
+def pending_changes(folder: Path) -> list[Change]:
+    """What is not settled in a ring that nobody uses, read without changing anything; nothing when there is no ring or it makes
     no sense."""
     try:
         fd = open_private(folder.joinpath(*PLACE), os.O_RDONLY)
@@ -84,8 +84,29 @@ def pending_inodes(folder: Path) -> list[int]:
     if len(memory) != RING_BYTES or not makes_sense(memory):
         return []
     _, put, done = _HEAD.unpack_from(memory)
-    found = (_RECORD.unpack_from(memory, _HEAD.size + at % RECORDS * _RECORD.size) for at in range(done, put))
-    return [record[2] for record in found if record[6] == _CREATE]
+    return _changes(memory, done, put)
+
+
+def _changes(memory: bytes | mmap.mmap, done: int, put: int) -> list[Change]:
+    found = (_change(memory, at) for at in range(done, put))
+    return [change for change in found if change is not None]
+
+
+def _change(memory: bytes | mmap.mmap, at: int) -> Change | None:
+    found = _RECORD.unpack_from(memory, _place(at))
+    request, folder, ino, fh, time_ns, number, kind, mode, uid, gid, backing_id, name_bytes, name = found
+    name = name[:name_bytes]
+    if 0 < name_bytes <= NAME_MAX and b"/" not in name:
+        if kind == _UNLINK:
+            return Removed(at, request, number, folder, time_ns, name)
+        if kind == _CREATE and stat.S_ISREG(mode):
+            return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name)
+    log.error("a record of the ring of names makes no sense: %s", found)
+    return None
+
+
+def _place(at: int) -> int:
+    return _HEAD.size + at % RECORDS * _RECORD.size
 
 
 def makes_sense(memory: bytes | mmap.mmap) -> bool:
@@ -117,28 +138,12 @@ class NameRing:
     def pending(self, put: int) -> list[Change]:
         """What is not settled of the first `put`, in the order it happened."""
         done = _HEAD.unpack_from(self.memory)[2]
-        found = (self._record(at) for at in range(done, put))
-        return [record for record in found if record is not None]
-
-    def _record(self, at: int) -> Change | None:
-        found = _RECORD.unpack_from(self.memory, self._place(at))
-        request, folder, ino, fh, time_ns, number, kind, mode, uid, gid, backing_id, name_bytes, name = found
-        name = name[:name_bytes]
-        if 0 < name_bytes <= NAME_MAX and b"/" not in name:
-            if kind == _UNLINK:
-                return Removed(at, request, number, folder, time_ns, name)
-            if kind == _CREATE and stat.S_ISREG(mode):
-                return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name)
-        log.error("a record of the ring of names makes no sense: %s", found)
-        return None
-
-    def _place(self, at: int) -> int:
-        return _HEAD.size + at % RECORDS * _RECORD.size
+        return _changes(self.memory, done, put)
 
     def begin(self, changes: Iterable[Change], numbers: Iterable[int]) -> None:
         """These are about to be entered, by operations of these numbers; 0: they were not."""
         for change, number in zip(changes, numbers, strict=True):
-            _COUNT.pack_into(self.memory, self._place(change.at) + _NUMBER_AT, number)
+            _COUNT.pack_into(self.memory, _place(change.at) + _NUMBER_AT, number)
 
     @property
     def put(self) -> int:

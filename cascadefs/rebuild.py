@@ -6,12 +6,13 @@ Owns: replaying manifests, lost+found, the exchange of the index files. Knows no
 (3) What is whole and has no name, in the extents or in a memory tier, goes to /lost+found; not what a file held before.
 """
 
+import itertools
 import json
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cascadefs.database import Database, claim, read_identity
 from cascadefs.errors import StoreError
 from cascadefs.index import digest_of, recount_objects
 from cascadefs.manifest import Listed, Manifest, Told, decode
+from cascadefs.name_ring import Change, Created, Removed, pending_changes
 from cascadefs.namespace import ROOT
 from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
 from cascadefs.scan import Found
@@ -29,6 +31,7 @@ from cascadefs.types import EMPTY_OID, Home
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 LOST = b"lost+found"
+INDEX_FILES = ("index.db", "index.db-wal", "index.sums")
 Key = tuple[bytes, int]  # fingerprint and length of a block
 
 
@@ -104,7 +107,7 @@ class Tree:
         now = time.time_ns()
         root = Told(ROOT, stat.S_IFDIR | 0o755, os.getuid(), os.getgid(), 0, now, now, now, None, None)
         self.inodes.setdefault(ROOT, root)
-        self._next = max(self.inodes) + 1
+        self._next = max({*self.inodes, *self.staged}) + 1
         self._lost = 0
         for told in reversed(list(self.inodes.values())):  # who was told last has the name
             for parent, name in told.names:
@@ -138,6 +141,12 @@ class Tree:
             if told.ino not in named:
                 digest = self.replay.content_of(told)
                 self.add_lost(told.ino, digest.hex().encode() if digest else b"inode-%d" % told.ino)
+
+    def entered_later(self, pending: Sequence[Change]) -> set[int]:
+        """Inodes whose names the next mount enters, from the ring in memory: there is room for them, or will be by then."""
+        free = {(one.folder, one.name) for one in pending if isinstance(one, Removed)}
+        made = [one for one in pending if isinstance(one, Created) and self._is_folder(one.folder)]
+        return {one.ino for one in made if (one.folder, one.name) not in self.entries or (one.folder, one.name) in free}
 
     def new_inode(self, digest: bytes | None, ino: int | None = None) -> int:
         """A file that no manifest told of."""
@@ -253,6 +262,7 @@ class Rebuilder:
         for folder, home in tiers:
             if (folder / "staged").is_dir():
                 homes |= {int(name): home for name in os.listdir(folder / "staged") if name.isdigit()}
+        pending = pending_changes(self.memory)
         copies = self._copies(replay, tiers)
         for told in replay.inodes.values():  # what the extents do not have whole, but a tier has
             if told.digest in copies and told.ino not in homes:
@@ -260,8 +270,10 @@ class Rebuilder:
         shown = {replay.content_of(told) for told in replay.inodes.values()}
         owned = {told.digest for told in replay.inodes.values()}
         tree = Tree(replay, homes)
-        for ino in homes:
-            if ino not in tree.inodes:
+        for ino in set(homes) - tree.inodes.keys() - tree.entered_later(pending):
+            if self._is_spare(ino, homes[ino]):
+                del homes[ino]
+            else:
                 tree.add_lost(tree.new_inode(None, ino), b"inode-%d" % ino)
         older = {digest for ino in replay.inodes for digest in replay.versions.get(ino, ())}  # replaced, not lost
         for digest in replay.contents:
@@ -272,6 +284,11 @@ class Rebuilder:
             homes[ino] = self._adopt(digest, copies, ino)
             tree.add_lost(ino, digest.hex().encode())
         return tree, homes
+
+    def _is_spare(self, ino: int, home: Home) -> bool:
+        """Empty and known to nobody: it was made ahead, for a name that never came. The next mount removes it."""
+        folder = self.memory if home == Home.MEMORY else self.store / "parking"
+        return not os.lstat(folder / "staged" / str(ino)).st_size
 
     def _copies(self, replay: Replay, tiers: Iterable[tuple[Path, Home]]) -> dict[bytes, tuple[Path, Home]]:
         """Whole copies of objects that the extents do not have."""
@@ -366,9 +383,8 @@ class Rebuilder:
 
     def _exchange(self) -> str:
         """The new index takes the place of the old one. index.db comes last: until then the store says that it has none."""
-        new, mark = self.store / "rebuilding", time.strftime("%Y%m%d-%H%M%S")
-        kept = ""
-        for name in ("index.db", "index.db-wal", "index.sums"):
+        new, mark, kept = self.store / "rebuilding", self._free_mark(), ""
+        for name in INDEX_FILES:
             if (self.store / name).exists():
                 media.rename(self.store / name, self.store / f"{name}.before-{mark}")
                 kept = f"index.db.before-{mark}"
@@ -378,6 +394,12 @@ class Rebuilder:
         media.sync_folder(self.store)
         shutil.rmtree(new)
         return kept
+
+    def _free_mark(self) -> str:
+        """The time, and a number if an index was kept in this second already."""
+        now = time.strftime("%Y%m%d-%H%M%S")
+        marks = (f"{now}-{number}" if number else now for number in itertools.count())
+        return next(mark for mark in marks if not any((self.store / f"{name}.before-{mark}").exists() for name in INDEX_FILES))
 
 
 def rebuild(store: Path, shm_dir: Path, progress: Progress) -> Rebuilt:

@@ -6,12 +6,14 @@ import struct
 import time
 
 import pytest
+from stores import opened
 from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
 
-from cascadefs import name_ring
+from cascadefs import fsck, name_ring
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, NAME_RING_BYTES, SPARES_AT_MOST
 from cascadefs.mount.attributes import NO_FILE_YET
 from cascadefs.name_ring import NameRing
+from cascadefs.rebuild import rebuild
 from cascadefs.store import Store
 
 GETATTR, OPEN = 3, 14
@@ -192,7 +194,7 @@ def test_spares_are_bounded(maker):
 def test_a_ring_that_makes_no_sense_is_begun_anew(tmp_path):
     ring = NameRing(tmp_path)
     ring.memory[8:24] = struct.pack("<QQ", 5, 6)
-    assert NameRing(tmp_path).pending(0) == [] and name_ring.pending_inodes(tmp_path) == []
+    assert NameRing(tmp_path).pending(0) == [] and name_ring.pending_changes(tmp_path) == []
     tmp_path.joinpath(*name_ring.PLACE).write_bytes(b"short")
     assert NameRing(tmp_path).put == 0
     ring = NameRing(tmp_path)
@@ -222,13 +224,48 @@ def crash_with(settings, *names):
 
 async def test_a_file_that_the_index_never_heard_of_is_there_after_a_crash(settings):
     folder, inos = crash_with(settings, b"a", b"b")
-    assert name_ring.pending_inodes(folder) == inos
+    assert [one.ino for one in name_ring.pending_changes(folder)] == inos
     store = Store(settings)
     try:
         assert [store.find(name).ino for name in ("a", "b")] == inos
         assert await store.get("b") == b"content of b"
         assert not store.ring.pending(store.ring.put)
         assert store.namespace.reserve_ino() > max(inos)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("index", ["kept", "rebuilt"])
+async def test_spares_are_no_lost_files_and_names_in_the_ring_come_back(settings, index):
+    """Of a mount that was killed: files that the index never heard of, and files made ahead that nobody got."""
+    folder, inos = crash_with(settings, b"a", b"b")
+    for ino in range(max(inos) + 1, max(inos) + 100):
+        (folder / "staged" / str(ino)).touch()
+    notes = fsck.run(settings.store, settings.shm_dir, False, lambda *_: None).after.notes
+    assert len(notes) == len(inos) + 1 and "99 empty files made ahead" in notes[-1], notes
+    if index == "rebuilt":
+        (settings.store / "index.db").unlink()
+        assert rebuild(settings.store, settings.shm_dir, lambda *_: None).lost_and_found == 0
+    store = Store(settings)
+    try:
+        assert await store.get("a") == b"content of a" and await store.get("b") == b"content of b"
+        assert sorted(os.listdir(folder / "staged")) == sorted(map(str, inos)) and store.find("a").ino == inos[0]
+        assert store.namespace.lookup(FOLDER, b"lost+found") is None
+    finally:
+        store.close()
+
+
+async def test_a_file_in_the_ring_whose_name_is_taken_by_then_is_kept(settings):
+    async with opened(settings) as store:
+        await store.put("a", b"told")
+        await store.flush()
+    _, (ino,) = crash_with(settings, b"a")
+    (settings.store / "index.db").unlink()
+    assert rebuild(settings.store, settings.shm_dir, lambda *_: None).lost_and_found == 1
+    store = Store(settings)
+    try:
+        assert await store.get("a") == b"told"
+        assert await store.get(f"lost+found/inode-{ino}") == b"content of a"
     finally:
         store.close()
 

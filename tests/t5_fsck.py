@@ -64,6 +64,20 @@ async def test_a_store_in_use_is_refused_and_a_sound_one_is_clean(settings):
     assert {p: p.read_bytes() for p in settings.store.rglob("*") if p.is_file()} == before
 
 
+async def test_punched_space_does_not_count_as_read(settings):
+    async with opened(settings) as store:
+        await store.put("gone", os.urandom(6 * MIB))
+        await store.put("kept", os.urandom(MIB))
+        await store.flush()
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"gone").ino)
+        await store.flush()
+        size = store.index.open_extent()[1]
+    assert size > 7 * MIB
+    wipe_memory(settings)
+    found = checked(settings)
+    assert found.exit_code == 0 and MIB < found.after.bytes_read < 2 * MIB
+
+
 @pytest.mark.timeout(60)
 async def test_a_store_with_many_files_is_judged_in_linear_time(settings):
     async with opened(settings) as store:

@@ -61,6 +61,7 @@ class Extent:
         self._fd = media.open_direct(path, os.O_RDONLY)
         self.file_size = os.fstat(self._fd).st_size
         self._buffer = page_buffer(BUFFER_BYTES)
+        self.hole_bytes = 0  # between records, where nothing is read
 
     def close(self) -> None:
         """Close the file."""
@@ -119,7 +120,7 @@ class Checker:
             finally:
                 extent.close()
             done += size
-            self.report.bytes_read += min(size, extent.file_size)
+            self.report.bytes_read += min(size, extent.file_size) - extent.hole_bytes
 
     def _known(self, number: int) -> dict[int, Expected]:
         query = "SELECT offset, fingerprint, length, bid FROM blocks WHERE extent=?"
@@ -174,7 +175,9 @@ class Checker:
         """Between the records that the index knows there are holes and whole dead records, and nothing else."""
         at = start
         while at < end:
-            at = max(at, extent.next_data(at))
+            data_from = min(max(at, extent.next_data(at)), end)
+            extent.hole_bytes += data_from - at
+            at = data_from
             if at >= end:
                 return
             size = self._dead_record(extent, at, end)

@@ -82,12 +82,17 @@ class Copies:
     def _check_staged(self, what: str, folder: Path, home: int) -> None:
         here = set(self._names(folder))
         rows = {str(ino): ino for (ino,) in self.image.execute("SELECT ino FROM inodes WHERE home=?", (home,))}
-        created = {str(ino) for ino in name_ring.pending_inodes(folder.parent)}
-        for name in here - rows.keys():
+        created = {str(one.ino) for one in name_ring.pending_changes(folder.parent) if isinstance(one, name_ring.Created)}
+        spares = 0
+        for name in sorted(here - rows.keys()):
             if name in created:
                 self.report.notes.append(f"{what} holds a file that was made just before a crash: the next mount enters it")
-                continue
-            self.report.notes.append(f"{what} holds a staged file that belongs to no inode: the next mount removes it")
+            elif name.isdigit() and not os.lstat(folder / name).st_size:
+                spares += 1
+            else:
+                self.report.notes.append(f"{what} holds a staged file that belongs to no inode: the next mount removes it")
+        if spares:
+            self.report.notes.append(f"{what} holds {spares} empty files made ahead: the next mount removes them")
         for name in rows.keys() - here:
             files = ", ".join(self.paths.of_inode(rows[name]))
             self.report.notes.append(f"memory was lost: the next mount shows an older version, or none, of {files}")
