@@ -113,7 +113,8 @@ class Files:
         inode = self.namespace.get(ino)
         if writable and inode.home == Home.MEMORY:
             self.gaps.look(ino)
-        return self.of(ino).enter(self._open_source(inode, not direct), writable, direct)
+        source = self._open_source(inode, partial(self.owners.inherit, is_certain=not direct))
+        return self.of(ino).enter(source, writable, direct)
 
     def create_content(self, inode: Inode) -> Handle:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
@@ -264,7 +265,7 @@ class Files:
 
     async def _source_for(self, inode: Inode) -> Source | None:
         """The backing file that serves this inode now, with one more user; None: stream."""
-        source = self._open_source(inode)
+        source = self._open_source(inode, self.owners.open)
         if inode.oid is None:
             return source
         found = self.index.object(inode.oid)
@@ -281,20 +282,16 @@ class Files:
             if not await self.residency.promote(found):
                 return None
             self.read_ahead.opened(found.digest)
-            source = self._open_source(inode)
+            source = self._open_source(inode, self.owners.open)
         return source or await self.owners.copy(inode.ino, found)
 
-    def _open_source(self, inode: Inode, is_known: bool = False) -> Source | None:
-        """The same from what is here: an open source, the staged file, a copy of the object that may serve this inode (if
-        `is_known`, does so); None when there is none."""
+    def _open_source(self, inode: Inode, of_object: Callable[[int, Object], Source | None]) -> Source | None:
+        """The same from what is here: an open source, the staged file, a file of the object; None when there is none."""
         if (source := self.sources.of(inode.ino)) is not None:
             return self.sources.share(source)
         if inode.home:
             return self.sources.take(inode.ino, partial(media.open_file, self.staged_path(inode), os.O_RDONLY))
-        if inode.oid is None:
-            return None
-        found = self.index.object(inode.oid)
-        return self.owners.inherit(inode.ino, found) if is_known else self.owners.open(inode.ino, found)
+        return of_object(inode.ino, self.index.object(inode.oid)) if inode.oid is not None else None
 
     # --- object -> staged: a writer comes
 

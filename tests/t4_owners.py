@@ -16,7 +16,7 @@ from cascadefs.store import Store
 from cascadefs.types import Home
 
 MIB = 1 << 20
-OLD = b"old!" * 25_000
+OLD = b"old!" * 50_000  # longer than what is copied without a thread
 
 
 async def twins(store, *names, data=OLD, durable=True):
@@ -305,6 +305,22 @@ async def test_the_next_worker_knows_whose_the_mappings_are(slow_seal, changed):
     area.close()
     store.close()
     await check(slow_seal, {"a": OLD, "b": OLD, changed: b"NEW" + OLD[3:]})
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_the_next_worker_takes_no_stream_for_the_owner_of_a_copy(slow_seal, monkeypatch, order):
+    async with opened(slow_seal) as store:
+        await twins(store, "a", "b")
+        monkeypatch.setattr(scheduler, "may_promote", lambda state, size: False)
+        handles = [await read(store, "a"), await read(store, "b")]
+        os.close(handles[0].source.fd)  # in the portable mode nobody else has it open
+        handles[0].source.fd = os.open("/dev/null", os.O_RDONLY)
+    store, inherited = successor(slow_seal, [handles[i] for i in order])
+    first, second = (inherited[order.index(i)] for i in range(2))
+    assert first.source is not None and second.source is None
+    await overwrite(store, "a")
+    assert await store.streams.read(second.ino, 0, 1 << 20) == OLD and seen(first)[:3] == b"NEW"
+    store.close()
 
 
 async def test_a_new_mount_knows_no_mapping_and_lets_nobody_write_below_one(slow_seal):

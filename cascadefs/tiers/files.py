@@ -8,6 +8,7 @@ Owns: <folder>/staged, <folder>/objects, <folder>/private. Knows no index and no
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from cascadefs.doors import is_ours
 from cascadefs.ext import digest_names
 
 _DIGEST, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[1-9][0-9]{0,17}")
+NO_LEASES = (errno.EINVAL, errno.EOPNOTSUPP)  # of a filesystem such as NFS, which parking may lie on
 log = logging.getLogger(__name__)
 
 
@@ -152,6 +154,10 @@ def is_used(path: str) -> bool:
         return False
     try:
         return not media.is_only_opener(fd)
+    except OSError as e:
+        if e.errno in NO_LEASES:
+            return False  # there, only handles tell
+        raise
     finally:
         os.close(fd)
 
