@@ -21,7 +21,7 @@ from cascadefs import fsck as checks
 from cascadefs.config import load
 from cascadefs.errors import UserError
 from cascadefs.fsck.report import Finding, Report
-from cascadefs.mount import device
+from cascadefs.mount import asking, mountinfo
 from cascadefs.rebuild import as_json, rebuild
 
 SHOW_AFTER_S = 2.0
@@ -126,8 +126,9 @@ def rebuild_index(store: Path, as_document: bool, shm_dir: Path | None) -> None:
 @SHM_DIR
 def verify(target: Path, as_document: bool, shm_dir: Path | None) -> None:
     """Read everything back; on a mount in its background, healing what it can. Exit code 0: good, 1: healed, 2: bad."""
-    if Path(os.path.abspath(target)) in set(device.mounts()):
-        _verify_mount(target, as_document)
+    path = mountinfo.resolve(target)
+    if path in {m.path for m in mountinfo.ours()}:
+        _verify_mount(path, as_document)
     elif (target / "store.json").exists():
         with progress_bar() as progress:
             outcome = checks.run(target, _shm_dir(shm_dir), False, progress)
@@ -141,7 +142,7 @@ def verify(target: Path, as_document: bool, shm_dir: Path | None) -> None:
 
 
 def _verify_state(mountpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((mountpoint / ".cascade/stats").read_text())["verify"]
+    found: dict[str, Any] = asking.stats(mountpoint)["verify"]
     return found
 
 

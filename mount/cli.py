@@ -5,11 +5,11 @@ Commands talk to a running mount through the mount itself (`.cascade/`), so they
 
 import errno
 import importlib
+import io
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -20,15 +20,15 @@ import humanfriendly
 
 from cascadefs.config import Configuration, Settings, load
 from cascadefs.errors import ConfigError, UserError
-from cascadefs.mount import device
+from cascadefs.mount import asking, mountinfo
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
-EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
-DROP_MEMORY = "user.cascade.drop-memory"
 # Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
 # For the same reason rich is imported where something is drawn.
 ELSEWHERE = {
+    "umount": ("leaving", "umount"),
+    "flush": ("leaving", "flush"),
     "bench": ("lines_cli", "bench"),
     "fsck": ("check_cli", "fsck"),
     "verify": ("check_cli", "verify"),
@@ -72,6 +72,9 @@ class Group(click.Group):
 def hold_standard_streams() -> None:
     """Descriptors 0 to 2 that were closed (cron, some launchers) lead to /dev/null: else files and sockets of ours would get
     these numbers, and what is printed would go there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # a path may have any bytes, and is shown with them
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -131,7 +134,7 @@ def mount(
     found = _settings(config, store=store, shm_size=shm_size, sync=sync, seal=seal, passthrough=passthrough)
     _prepare_store(found)
     daemon, keeper = _daemon()
-    wanted = daemon.Mounting(mountpoint.absolute(), found, words, log_to_file=not foreground)
+    wanted = daemon.Mounting(mountinfo.resolve(mountpoint), found, words, log_to_file=not foreground)
     if foreground:
         daemon.start_log(wanted)
         sys.exit(keeper.keep(wanted, os.dup(1)))
@@ -157,123 +160,17 @@ def _daemon() -> tuple[Any, Any]:
     return daemon, keeper
 
 
-def _mountpoint(path: Path | None) -> Path:
-    """A live mount: the one that was named, or the only one."""
-    known = list(device.mounts())
-    if path is None:
-        if len(known) != 1:
-            have = ", ".join(map(str, known)) or "none"
-            raise UserError(f"say which mount is meant; mounted: {have}")
-        return known[0]
-    absolute = Path(os.path.abspath(path))
-    if absolute not in known:
-        raise UserError(f"no cascadefs is mounted at {absolute}; mounted: {', '.join(map(str, known)) or 'none'}")
-    return absolute
-
-
-def _stats(mountpoint: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((mountpoint / ".cascade/stats").read_text())
-    except OSError as e:
-        raise UserError(f"the mount at {mountpoint} does not answer ({e.strerror}); see its log cascadefs.log") from e
-    return found
-
-
-def _flush(mountpoint: Path, quiet: bool = False) -> None:
-    """fsync of .cascade/flush makes everything durable; its progress is what `pending_bytes` loses."""
-    failure: list[OSError] = []
-    fd = os.open(mountpoint / ".cascade/flush", os.O_RDONLY)
-
-    def work() -> None:
-        try:
-            os.fsync(fd)
-        except OSError as e:
-            failure.append(e)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(1.0)
-    if thread.is_alive() and not quiet:
-        _show_progress(mountpoint, thread)
-    thread.join()
-    os.close(fd)
-    if failure:
-        raise UserError(f"not everything could be flushed: {failure[0].strerror}; see cascadefs.log in the store")
-
-
-def pause_after(asking_s: float) -> float:
-    """Until the progress of a flush is asked for again: with very many files the answer costs more than what it tells of."""
-    return max(0.2, 10 * asking_s)
-
-
-def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("flushing"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        total = _stats(mountpoint)["pending_bytes"]
-        task = progress.add_task("flush", total=total)
-        while thread.is_alive():
-            asked = time.monotonic()
-            pending = _stats(mountpoint)["pending_bytes"]
-            asking_s = time.monotonic() - asked
-            total = max(total, pending)
-            progress.update(task, total=total, completed=total - pending)
-            thread.join(pause_after(asking_s))
-
-
-@main.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--drop-memory", is_flag=True, help="Give the memory tier back; the next mount starts cold.")
-def umount(mountpoint: Path, drop_memory: bool) -> None:
-    """Flush, unmount, and wait until the daemon has left."""
-    path = _mountpoint(mountpoint)
-    before = _stats(path)
-    _flush(path)
-    if drop_memory:
-        os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
-    device.unmount(path)
-    _wait_for_exit(before["worker_pid"], before["keeper_pid"])
-    kept = before["tiers"]["shm"]["used_bytes"]
-    if kept and not drop_memory:
-        size = humanfriendly.format_size(kept, binary=True)
-        click.echo(f"unmounted; about {size} stay in memory for the next mount (--drop-memory gives them back)")
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still does something: a zombie, which a lazy init has not collected yet, does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _wait_for_exit(*pids: int | None) -> None:
-    end = time.monotonic() + EXIT_S
-    while still := [pid for pid in pids if pid and is_running(pid)]:
-        if time.monotonic() > end:
-            raise UserError(f"unmounted, but the daemon (process {still[0]}) is still flushing; it ends by itself")
-        time.sleep(0.01)
-
-
 @main.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def upgrade(mountpoint: Path) -> None:
     """Restart the worker of a mount in the code that is installed now. Programs that use it notice a pause, no error."""
-    path = _mountpoint(mountpoint)
-    before = _stats(path)
+    path = asking.mountpoint(mountpoint)
+    before = asking.stats(path)
     if before["keeper_pid"] is None:
         raise UserError(f"the mount at {path} has no keeper (it was killed): unmount and mount it again")
     os.kill(before["keeper_pid"], signal.SIGUSR1)
     end = time.monotonic() + UPGRADE_S
-    while (now := _stats(path))["worker_pid"] == before["worker_pid"]:
+    while (now := asking.stats(path))["worker_pid"] == before["worker_pid"]:
         if now["upgrades_refused"] > before["upgrades_refused"] or time.monotonic() > end:
             raise UserError("the old worker goes on: the installed code cannot take over; see cascadefs.log in the store")
         time.sleep(0.05)
@@ -281,30 +178,11 @@ def upgrade(mountpoint: Path) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-def flush(mountpoint: Path, path: Path | None) -> None:
-    """Make everything below MOUNTPOINT durable in the cold tier, or one file (PATH)."""
-    root = _mountpoint(mountpoint)
-    if path is None:
-        _flush(root)
-        return
-    try:
-        fd = os.open(path if path.is_absolute() or path.exists() else root / path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise UserError(f"{path} cannot be flushed: {e.strerror}") from e
-
-
-@main.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="The whole document.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """What lies in which tier, and how much was stored once only."""
-    found = _stats(_mountpoint(mountpoint))
+    found = asking.stats(asking.mountpoint(mountpoint))
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -345,6 +223,9 @@ def _size(count: int) -> str:
 def info(path: Path, as_json: bool) -> None:
     """Hash, address, tier, blocks, extents and references of one file on a mount."""
     try:
+        around = asking.mount_around(path)
+        if around is not None:
+            asking.check_alive(around)
         told = json.loads(os.getxattr(path, "user.cascade.info"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; give a regular file on a cascadefs mount") from e

@@ -270,7 +270,7 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
         if report is None:
             log.info(text.splitlines()[0])
         else:
-            os.write(report, f"{text}\n".encode())
+            os.write(report, os.fsencode(f"{text}\n"))
             os.close(report)
 
     share_arenas()

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from cascadefs.errors import UserError
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
+from cascadefs.mount import asking, mountinfo
+from cascadefs.mount.mountinfo import FILESYSTEM
 
-FILESYSTEM = "fuse.cascadefs"
 FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024, "nodiratime": 2048}
 ABSENT_FLAGS = {"rw", "suid", "dev", "exec", "async", "atime", "defaults", "auto", "noauto", "user", "nouser", "_netdev"}
 OURS = {"default_permissions", "allow_other"}  # always set where they can be
@@ -55,18 +56,14 @@ def in_first_namespace() -> bool:
 
 
 def mounts() -> Iterator[Path]:
-    """Mountpoints of cascadefs on this machine. Reads the kernel's list: asks no daemon."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if after.split()[0] == FILESYSTEM:
-            yield Path(before.split()[4].encode().decode("unicode_escape"))
+    """Mountpoints of cascadefs that can be seen here. Asks no daemon."""
+    return iter([m.path for m in mountinfo.ours()])
 
 
 def check_mountpoint(path: Path) -> None:
-    """Raise UserError when nothing can be mounted there; clear a dead mount of ours. Makes nothing."""
+    """Raise UserError when nothing can be mounted there; clear a dead mount of ours. Makes nothing; `path` is resolved."""
     try:
-        if path in set(mounts()):
-            _clear_if_dead(path)
+        clear_dead(path)
         if not path.exists():
             return
         if not path.is_dir():
@@ -79,13 +76,18 @@ def check_mountpoint(path: Path) -> None:
         raise UserError(f"the mountpoint {path} cannot be used: {e.strerror}; give another one") from e
 
 
-def _clear_if_dead(path: Path) -> None:
-    try:
-        os.stat(path)
-    except OSError:
-        unmount(path, lazy=True)
-    else:
-        raise UserError(f"cascadefs is already mounted at {path}; unmount it with: cascadefs umount {path}")
+def clear_dead(path: Path) -> bool:
+    """Take away the dead mounts of ours at `path`, one may lie on the other; whether there were any. UserError: one lives."""
+    cleared = 0
+    while (top := mountinfo.topmost(path, mountinfo.read())) is not None and top.is_ours:
+        try:
+            asking.check_alive(path)
+        except asking.DeadMount:
+            unmount(path, lazy=True)
+            cleared += 1
+        else:
+            raise UserError(f"cascadefs is already mounted at {path}; unmount it with: cascadefs umount {path}")
+    return cleared > 0
 
 
 def mount(path: Path, options: Sequence[str], portable: bool) -> Device:
@@ -156,8 +158,7 @@ def unmount(path: Path, lazy: bool = False) -> None:
 
 def raise_read_ahead(path: Path, kib: int) -> None:
     """The kernel's default of 128 KiB would make the portable path read in small pieces. Without privilege it stays."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():  # no stat(2): the caller serves this very mount
-        words = line.split()
-        if words[4].encode().decode("unicode_escape") == str(path):
-            with contextlib.suppress(OSError):
-                Path(f"/sys/class/bdi/{words[2]}/read_ahead_kb").write_text(str(kib))
+    found = mountinfo.topmost(path, mountinfo.read())  # no stat(2): the caller serves this very mount
+    if found is not None:
+        with contextlib.suppress(OSError):
+            Path(f"/sys/class/bdi/{found.device}/read_ahead_kb").write_text(str(kib))

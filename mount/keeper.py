@@ -243,7 +243,7 @@ def in_background(wanted: Mounting) -> str:
         _detach(lambda: keep(wanted, writer), writer)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode(errors="replace").strip()
+        said = os.fsdecode(pipe.read()).strip()
     os.waitpid(child, 0)
     if not said.startswith("mounted"):
         raise UserError(said or f"the daemon died; its log is {wanted.configuration.settings.store}/cascadefs.log")
@@ -267,7 +267,7 @@ def _detach(work: Callable[[], int], writer: int) -> NoReturn:
         os.chdir("/")
         status = work()
     except UserError as e:
-        os.write(writer, str(e).encode())
+        os.write(writer, os.fsencode(str(e)))
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.write(writer, f"the keeper failed: {e!r}".encode())

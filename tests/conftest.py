@@ -19,7 +19,7 @@ from cascadefs.config import MIB, Settings
 from cascadefs.database import Database
 from cascadefs.index import Index
 from cascadefs.mount import device
-from cascadefs.mount.cli import is_running
+from cascadefs.mount.leaving import is_running
 from cascadefs.namespace import Namespace
 
 CASCADEFS = [sys.executable, "-m", "cascadefs.mount.cli"]
@@ -82,6 +82,7 @@ def cascadefs(*words, env=None):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         timeout=COMMAND_S,
         check=False,
         env=environ,

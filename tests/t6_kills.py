@@ -28,7 +28,7 @@ from conftest import MODES, Mount, cascadefs, need_root_and_fuse
 
 from cascadefs.crash import POINTS
 from cascadefs.mount import device
-from cascadefs.mount.cli import is_running
+from cascadefs.mount.leaving import is_running
 
 KILLS = int(os.environ.get("CASCADEFS_KILLS", "30"))
 TREE_KILLS = int(os.environ.get("CASCADEFS_TREE_KILLS", "5"))

@@ -14,7 +14,7 @@ import pytest
 from conftest import cascadefs
 
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
-from cascadefs.mount.cli import is_running, pause_after
+from cascadefs.mount.leaving import is_running, pause_after
 
 MIB = 1 << 20
 NOBODY = 65534
