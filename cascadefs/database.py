@@ -48,11 +48,12 @@ RETRY_S = 10.0  # after a checkpoint that failed
 WAL_FRAMES = 32000  # checkpoint from here on: 32 MB, read back at an opening in 20 ms
 _STORE_ID = re.compile("[0-9a-f]{32}")  # it becomes part of a path
 
+LATER_COLUMNS = {"last_op": "INTEGER NOT NULL DEFAULT 0", "born_ns": "INTEGER"}  # of inodes: older stores get them
 SCHEMA = """
 CREATE TABLE inodes(ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
   nlink INTEGER NOT NULL, rdev INTEGER NOT NULL, size INTEGER NOT NULL, atime_ns INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
   ctime_ns INTEGER NOT NULL, home INTEGER NOT NULL DEFAULT 0, oid INTEGER, durable_oid INTEGER, target BLOB,
-  blocks INTEGER NOT NULL DEFAULT 0, last_op INTEGER NOT NULL DEFAULT 0);
+  blocks INTEGER NOT NULL DEFAULT 0, last_op INTEGER NOT NULL DEFAULT 0, born_ns INTEGER);
 CREATE INDEX inodes_oid ON inodes(oid) WHERE oid IS NOT NULL;
 CREATE INDEX inodes_home ON inodes(home) WHERE home > 0;
 CREATE INDEX inodes_orphan ON inodes(nlink) WHERE nlink = 0;
@@ -318,8 +319,8 @@ class Database:
             tables = sqlite3.Connection.execute(connection, "SELECT count(*) FROM sqlite_master").fetchone()[0]
             if new or not tables:
                 connection.executescript("BEGIN;" + SCHEMA + "COMMIT;")
-            elif "last_op" not in {row[1] for row in connection.execute("PRAGMA table_info(inodes)")}:
-                connection.executescript("ALTER TABLE inodes ADD COLUMN last_op INTEGER NOT NULL DEFAULT 0")  # older stores
+            else:
+                _add_columns(connection)
             connection.executescript(ADDITIONS)
         except sqlite3.DatabaseError as e:
             connection.close()
@@ -434,3 +435,10 @@ class Database:
         self.connection.close()
         os.close(self.wal_fd)
         os.close(self._claim_fd)
+
+
+def _add_columns(connection: sqlite3.Connection) -> None:
+    known = {row[1] for row in connection.execute("PRAGMA table_info(inodes)")}
+    for name, kind in LATER_COLUMNS.items():
+        if name not in known:
+            connection.executescript(f"ALTER TABLE inodes ADD COLUMN {name} {kind}")

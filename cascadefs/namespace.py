@@ -66,6 +66,11 @@ class Namespace:
             raise os_error(errno.ESTALE, f"inode {ino}")
         return found
 
+    def born_ns(self, ino: int) -> int | None:
+        """When the inode was made; None: before there was a column for it."""
+        row = self._db.execute("SELECT born_ns FROM inodes WHERE ino=?", (ino,)).fetchone()
+        return row[0] if row else None
+
     def lookup(self, parent: int, name: bytes) -> Inode | None:
         """What `name` means in folder `parent`; None when nothing does."""
         if len(name) > NAME_MAX:
@@ -201,9 +206,9 @@ class Namespace:
         ino = self.reserve_ino() if ino is None else ino
         self._changed.add(ino)
         self._db.execute(
-            "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target) "
-            "VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
-            (ino, mode, uid, gid, nlink, rdev, len(target or b""), now, now, now, home, target),
+            "INSERT INTO inodes(ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, target, born_ns) "
+            "VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (ino, mode, uid, gid, nlink, rdev, len(target or b""), now, now, now, home, target, now),
         )
         return ino
 
@@ -248,6 +253,16 @@ class Namespace:
         size = len(target or b"")
         return Inode(ino, mode, uid, gid, 2 if is_folder else 1, rdev, size, now, now, now, home, None, None, target, 0), folder
 
+    def make_nameless(self, parent: int, mode: int, uid: int, gid: int, home: int) -> Inode:
+        """A new file that has no name in folder `parent` yet: see `link`."""
+        folder = self._fit_for_new(self.get(parent), b"")
+        if folder.mode & stat.S_ISGID:
+            gid = folder.gid
+        now = time.time_ns()
+        with self._database.transaction():
+            ino = self._insert(None, mode, uid, gid, 0, 0, now, None, home)
+        return Inode(ino, mode, uid, gid, 0, 0, 0, now, now, now, home, None, None, None, 0)
+
     def make_holder(self, mode: int, home: int) -> Inode:
         """An inode that never has a name: it holds content for a while. Its target tells it from others."""
         with self._database.transaction():
@@ -272,8 +287,8 @@ class Namespace:
             raise os_error(errno.ESTALE, f"inode {ino}")
         return Inode(*row)
 
-    def link(self, ino: int, parent: int, name: bytes, op: int = 0) -> Inode:
-        """Another name for a file."""
+    def link(self, ino: int, parent: int, name: bytes, op: int = 0, may_be_first: bool = False) -> Inode:
+        """Another name for a file; `may_be_first`: also for one that has none."""
         now = time.time_ns()
         with self._database.transaction():
             inode = self.get(ino)
@@ -282,7 +297,7 @@ class Namespace:
                 raise os_error(errno.EPERM, name)
             if inode.nlink >= LINK_MAX:
                 raise os_error(errno.EMLINK, name)
-            if inode.nlink == 0:
+            if inode.nlink == 0 and not may_be_first:
                 raise os_error(errno.ENOENT, name)
             self._enter(parent, name, ino)
             self._touch_folder(parent, now, 0, op)
@@ -439,6 +454,10 @@ class Namespace:
         if row is None:
             raise os_error(errno.ENODATA, name)
         return bytes(row[0])
+
+    def has_xattr(self, ino: int, name: bytes) -> bool:
+        """Whether the inode has an attribute of that name."""
+        return self._db.execute("SELECT 1 FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone() is not None
 
     def any_xattr(self, name: bytes) -> bool:
         """Whether any inode has an attribute of that name."""

@@ -375,7 +375,7 @@ class Rebuilder:
             shown = None if home else oid
             fallback = EMPTY_OID if oid is None and ino in tree.replay.inodes and stat.S_ISREG(told.mode) else oid
             values = (*row, shown, fallback, told.target, -(-size // 512))
-            db.execute(f"INSERT INTO inodes VALUES({','.join('?' * 16)})", (*values, 0))
+            db.execute(f"INSERT INTO inodes VALUES({','.join('?' * 17)})", (*values, 0, None))
             db.executemany("INSERT INTO xattrs VALUES(?,?,?)", [(ino, name, value) for name, value in told.xattrs])
         rows = [(parent, at, name, ino) for at, ((parent, name), ino) in enumerate(tree.entries.items(), 1)]
         db.executemany("INSERT INTO entries VALUES(?,?,?,?)", rows)

@@ -63,7 +63,10 @@ cdef inline bint files_answered(
     elif head.opcode == FUSE_IOCTL:  # isatty() at every open() of Python's; the kernel makes ENOTTY of it
         code[0] = answer(wire, head.unique, ENOSYS, NULL, 0)
     elif head.opcode == FUSE_FALLOCATE:
-        code[0] = answer(wire, head.unique, allocate_file(known, message), NULL, 0)
+        code[0] = allocate_file(known, message)
+        if code[0] < 0:
+            return False
+        code[0] = answer(wire, head.unique, code[0], NULL, 0)
     elif head.opcode == FUSE_LSEEK:
         code[0] = seek_file(known, message, &sought)
         code[0] = answer(wire, head.unique, code[0], &sought, sizeof(sought))

@@ -7,6 +7,9 @@
 
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
+cdef extern from "<fcntl.h>" nogil:
+    int O_DSYNC
+
 cdef enum:
     FUSE_LOOKUP = 1
     FUSE_FORGET = 2
@@ -22,6 +25,7 @@ cdef enum:
     FUSE_READ = 15
     FUSE_WRITE = 16
     FUSE_RELEASE = 18
+    FUSE_SETXATTR = 21
     FUSE_GETXATTR = 22
     FUSE_REMOVEXATTR = 24
     FUSE_INIT = 26
@@ -37,6 +41,8 @@ cdef enum:
     FUSE_READDIRPLUS = 44
     FUSE_RENAME2 = 45
     FUSE_LSEEK = 46
+    FUSE_TMPFILE = 51
+    FUSE_STATX = 52
     OPCODE_SLOTS = 64  # opcodes are counted in an array; 7.45 ends at 53
 
 cdef enum:  # fuse_open_out.open_flags
@@ -65,12 +71,17 @@ cdef enum:  # what attributes.py says, too
     SETTLED_S = 3600
     BLOCK_BYTES = 4096
     FOLDER_BLOCK_BYTES = 131072
+    STATX_OUT_BYTES = 288
     MODE_FORMAT = 0o170000
     MODE_FOLDER = 0o040000
     MODE_REGULAR = 0o100000
     MODE_SETGID = 0o2000
+    MODE_SETID = 0o6000
     OPEN_ACCMODE = 0o3
     OPEN_TRUNC = 0o1000
+
+cdef enum:  # fuse_write_in.write_flags
+    WRITE_KILL_SUIDGID = 1 << 2  # the writer has not CAP_FSETID
 
 cdef enum:
     NOTIFY_RESEND = 7  # notifications have unique 0 and their code where replies have the error
@@ -193,6 +204,10 @@ ctypedef struct fuse_create_out:  # struct fuse_entry_out, then struct fuse_open
 ctypedef struct fuse_getxattr_in:  # the name follows
     uint32_t size
     uint32_t padding
+
+ctypedef struct fuse_setxattr_in:  # name and value follow
+    uint32_t size
+    uint32_t flags
 
 ctypedef struct fuse_forget_in:  # behind the header's nodeid
     uint64_t nlookup

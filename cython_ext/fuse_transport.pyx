@@ -5,7 +5,7 @@
 # LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
 # is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
 # in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK). READDIRPLUS waits for
-# Python, which answers past pyfuse3; all else is forwarded. Answers pass unchanged but for INIT (what the kernel may do) and OPEN,
+# Python, which answers past pyfuse3; all else is forwarded, some of it put as something else (as_others.pxd). Answers pass unchanged but for INIT (what the kernel may do) and OPEN,
 # CREATE (passthrough).
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
@@ -15,6 +15,7 @@
 # (5) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
 from cython_ext.answers_here cimport files_answered, names_answered
+from cython_ext.as_others cimport put_as_other
 from cython_ext.attribute_table cimport attributes_drop, attributes_put
 from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
 from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take
@@ -31,12 +32,13 @@ from cython_ext.name_table cimport name_hash, names_add, names_remove
 from cython_ext.open_grants cimport Grant, grants_drop, grants_put
 from cython_ext.own_answers cimport Known, known_free, known_init
 from cython_ext.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
+from cython_ext.positioned_io cimport allocate_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
-from cython_ext.served_io cimport read_served, write_served
+from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
 from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -63,6 +65,8 @@ FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
 FOPEN_PASSTHROUGH = OPEN_PASSTHROUGH
+WRITE_IS_DONE, WRITE_IS_SYNCED = WRITE_DONE, WRITE_SYNCED
+WRITE_TAKES_PRIVILEGES, WRITER_MAY_NOT_KEEP_SETID = WRITE_GUARDED, WRITE_KILLS
 LARGEST_SPLICED_READ = PIPE_BYTES - PAGE  # a page is its header's
 
 cdef int check(int code) except -1:
@@ -75,14 +79,10 @@ cdef class Transport:
     cdef Wire wire
     cdef size_t message_max
     cdef uint8_t *reply_buffer
-    cdef bint passthrough_wanted
-    cdef bint splicing
-    cdef bint passthrough_agreed
+    cdef bint passthrough_wanted, passthrough_agreed, splicing, whole_writes
     cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
-    cdef uint32_t offered_flags  # of the kernel's INIT, kept until the answer comes by
-    cdef uint32_t offered_flags2
-    cdef bint made
-    cdef bint capabilities  # whether any file may have the xattr security.capability
+    cdef uint32_t offered_flags, offered_flags2  # of the kernel's INIT, kept until the answer comes by
+    cdef bint made, capabilities  # the latter: whether any file may have the xattr security.capability
     cdef Known known
     cdef ReaderThreads readers
     cdef RequestMemory requests
@@ -92,15 +92,16 @@ cdef class Transport:
     cdef size_t init_size
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, bint splicing = False, uint8_t[::1] events = None,
-                  uint8_t[::1] ring = None, size_t max_message_bytes = (1 << 20) + (1 << 16)):
+                  uint8_t[::1] ring = None, bint whole_writes = True, size_t max_message_bytes = (1 << 20) + (1 << 16)):
         """`events`: EVENT_RING_BYTES of memory that outlives this process, for what was answered and not yet taken.
         `ring`: NAME_RING_BYTES of the memory tier, for names that are made and removed here; without it none is.
-        `splicing`: answer large READs through a pipe. Only with a true FUSE device: a socket would cut them into many messages."""
+        `splicing`: answer large READs through a pipe. Only with a true FUSE device: a socket would cut them into many messages.
+        `whole_writes`: whether the socket takes the longest WRITE."""""
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.wire.device_fd, self.wire.socket_fd = device_fd, socket_fd
         self.message_max, self.passthrough_wanted, self.splicing = max_message_bytes, passthrough, splicing
-        self.reply_buffer = aligned_buffer(max_message_bytes)
+        self.whole_writes, self.reply_buffer = whole_writes, aligned_buffer(max_message_bytes)
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
         self.ring_memory = ring
         if <size_t>self.event_memory.shape[0] != sizeof(EventRing):
@@ -177,10 +178,11 @@ cdef class Transport:
         return self.wire.counters.served + self.wire.counters.forwarded
 
     def set_handle(self, uint64_t fh, *, int fd = -1, int backing_id = 0, uint32_t open_flags = 0, bint served = False,
-                   bint writable = False, int64_t size_bytes = -1):
+                   bint writable = False, bint guarded = False, int64_t size_bytes = -1):
         """Insert or replace what is known of `fh`. Afterwards the descriptor known before may be closed.
 
         fd: for FALLOCATE, LSEEK and, if `served`, READ and, if also `writable`, WRITE. Not O_APPEND, not O_DIRECT.
+        guarded: a WRITE, which takes privileges from the file, is marked and forwarded; so is FALLOCATE, as a SETXATTR.
         size_bytes: of content without a descriptor. open_flags: FOPEN_* for the answer to OPEN or CREATE.
         """
         cdef int code
@@ -188,7 +190,8 @@ cdef class Transport:
         if handle == NULL:
             raise MemoryError()
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = fh, fd, backing_id, open_flags
-        handle.served, handle.writable, handle.size_bytes, handle.busy = served, writable, size_bytes, 0
+        handle.served, handle.writable, handle.guarded = served, writable, guarded
+        handle.size_bytes, handle.busy = size_bytes, 0
         with nogil:
             code = handles_put(&self.known.handles, handle)
             if code:
@@ -244,10 +247,19 @@ cdef class Transport:
 
     def request_of(self, uint32_t token):
         """The unique number of a request that `is_told_once`, by what its handler finds where the caller's pid would be.
-
-        The highest bit is set when it was sent again.
-        """
+        The highest bit is set when it was sent again."""
         return self.requests.uniques[token % REQUEST_SLOTS]
+
+    def allocate(self, int fd, int mode, int64_t offset, int64_t length):
+        """fallocate(2), with what the transport adds to it. Not for the thread of trio: it may take a while."""
+        cdef int code
+        with nogil:
+            code = allocate_range(fd, mode, offset, length)
+        check(code)
+
+    def pid_of(self, uint32_t token):
+        """The caller's pid, which was there."""
+        return self.requests.pids[token % REQUEST_SLOTS]
 
     def events_done(self):
         """All that take_events() gave so far has had its effect."""
@@ -343,10 +355,7 @@ cdef class Transport:
         cdef size_t size = <size_t>entries.shape[0]
         cdef int failed
         with nogil:
-            if code:
-                failed = answer(&self.wire, unique, code, NULL, 0)
-            else:
-                failed = send_body(&self.wire, unique, &entries[0] if size else NULL, size)
+            failed = answer(&self.wire, unique, code, NULL, 0) if code else send_body(&self.wire, unique, &entries[0] if size else NULL, size)
         return not failed
 
     @property
@@ -410,23 +419,16 @@ cdef class Transport:
         if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.message_max):
             return 0
         if head.opcode == FUSE_WRITE:
-            return self.take_write(message, size)
+            code = write_served(&self.known.handles, &self.wire, message, self.whole_writes, &size)
+            return self.forward(message, size, code) if code else 0
         if names_answered(&self.known, &self.wire, message, size, self.passthrough_agreed, &code):
             return code
         if files_answered(&self.known, &self.wire, message, size, self.capabilities, &code):
             return code
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB
             listing.size = min(listing.size, <uint32_t>LISTING_BYTES)
+        put_as_other(message)
         return self.forward(message, head.len, EIO)
-
-    cdef int take_write(self, uint8_t *message, size_t size) noexcept nogil:
-        cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef int refusal
-        if (<fuse_io_in *>(message + sizeof(fuse_in_header))).size != size - WRITE_HEAD:
-            count(&self.wire.counters.malformed, 1)
-            return refuse(&self.wire, head, EINVAL)
-        refusal = write_served(&self.known.handles, &self.wire, message)
-        return self.forward(message, size, refusal) if refusal else 0
 
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
         """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""

@@ -37,6 +37,7 @@ ctypedef struct Handle:
     uint32_t busy  # borrowers
     bint served
     bint writable
+    bint guarded  # a write takes privileges from the file: Python comes first
 
 ctypedef struct HandleTable:
     pthread_mutex_t mutex

@@ -95,7 +95,7 @@ cdef inline size_t least_bytes(uint32_t opcode) noexcept nogil:
         return sizeof(fuse_in_header) + sizeof(fuse_fallocate_in)
     if opcode == FUSE_OPEN:
         return sizeof(fuse_in_header) + sizeof(fuse_open_in)
-    if opcode == FUSE_CREATE:
+    if opcode in (FUSE_CREATE, FUSE_TMPFILE):
         return sizeof(fuse_in_header) + sizeof(fuse_create_in)
     if opcode == FUSE_LSEEK:
         return sizeof(fuse_in_header) + sizeof(fuse_lseek_in)

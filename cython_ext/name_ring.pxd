@@ -159,7 +159,8 @@ cdef inline bint begin_record(const fuse_in_header *head, const uint8_t *name, s
 
 
 cdef inline bint read_create(const uint8_t *message, size_t size, NameRecord *record) noexcept nogil:
-    """What a CREATE asks for. False when it is none of the plain ones: sent again, with extensions, a name of Python's."""
+    """What a CREATE asks for. False when it is none of the plain ones: sent again, with extensions, a name of Python's, writes that
+    Python must see."""
     cdef const fuse_in_header *head = <const fuse_in_header *>message
     cdef const fuse_create_in *arg = <const fuse_create_in *>(message + sizeof(fuse_in_header))
     cdef size_t before = sizeof(fuse_in_header) + sizeof(fuse_create_in)
@@ -167,7 +168,7 @@ cdef inline bint read_create(const uint8_t *message, size_t size, NameRecord *re
         return False
     record.mode = MODE_REGULAR | (arg.mode & 0o7777 & ~arg.umask)
     record.uid, record.gid = head.uid, head.gid
-    return True
+    return not (arg.flags & <uint32_t>O_DSYNC or record.mode & MODE_SETID)
 
 
 cdef inline bint read_unlink(const uint8_t *message, size_t size, NameRecord *record) noexcept nogil:

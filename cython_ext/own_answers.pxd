@@ -146,13 +146,15 @@ cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nog
 
 
 cdef inline int allocate_file(Known *known, const uint8_t *message) noexcept nogil:
-    """FALLOCATE: 0 or an errno."""
+    """FALLOCATE: 0 or an errno; -1: Python's."""
     cdef fuse_fallocate_in *arg = <fuse_fallocate_in *>(message + sizeof(fuse_in_header))
     cdef int code = EOPNOTSUPP
     cdef Handle *handle = handles_borrow(&known.handles, arg.fh)
     if handle == NULL:
         return EBADF
-    if handle.fd >= 0:
+    if handle.guarded:
+        code = -1
+    elif handle.fd >= 0:
         code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
     handles_return(&known.handles, handle)
     return code

@@ -4,16 +4,19 @@
 # Invariants: (1) Interrupted and short calls are repeated: the caller sees all bytes, the end of the file, or an error.
 # (2) Errors are returned as errno (or -errno where the answer is a count); nothing else is told through errno.
 
-from libc.errno cimport EBADF, EINTR, EINVAL, EIO, ENXIO, errno
+from libc.errno cimport EBADF, EINTR, EINVAL, EIO, ENXIO, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 
-cdef extern from "<fcntl.h>" nogil:
+cdef extern from "<fcntl.h>" nogil:  # with _GNU_SOURCE, as Python.h has it
     int open(const char *path, int flags)
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
     int O_RDWR
     int O_CLOEXEC
     int O_NONBLOCK
+    int FALLOC_FL_KEEP_SIZE
+    int FALLOC_FL_PUNCH_HOLE
+    int FALLOC_FL_ZERO_RANGE
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *out, size_t count, int64_t offset)
@@ -54,6 +57,15 @@ cdef inline int write_range(int fd, const uint8_t *data, size_t count, int64_t o
 
 
 cdef inline int allocate(int fd, int mode, int64_t offset, int64_t length) noexcept nogil:
+    """fallocate(2); a range is zeroed where the filesystem cannot, as tmpfs, by punching and allocating it."""
+    cdef int code = try_to_allocate(fd, mode, offset, length)
+    if code != EOPNOTSUPP or not mode & FALLOC_FL_ZERO_RANGE:
+        return code
+    code = try_to_allocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+    return code if code else try_to_allocate(fd, mode & FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+cdef inline int try_to_allocate(int fd, int mode, int64_t offset, int64_t length) noexcept nogil:
     while fallocate(fd, mode, offset, length):
         if errno != EINTR:
             return errno

@@ -17,6 +17,7 @@ ctypedef struct RequestMemory:
     pthread_mutex_t mutex
     U64Map pending  # unique -> opcode
     uint64_t uniques[REQUEST_SLOTS]
+    uint32_t pids[REQUEST_SLOTS]
     uint64_t next
 
 
@@ -56,6 +57,7 @@ cdef inline void note_request(RequestMemory *memory, fuse_in_header *head) noexc
     """Keep the unique number, which libfuse does not hand on, and put where it is kept in the place of the caller's pid."""
     pthread_mutex_lock(&memory.mutex)
     memory.uniques[memory.next % REQUEST_SLOTS] = head.unique
+    memory.pids[memory.next % REQUEST_SLOTS] = head.pid
     head.pid = <uint32_t>(memory.next % REQUEST_SLOTS)
     memory.next += 1
     pthread_mutex_unlock(&memory.mutex)

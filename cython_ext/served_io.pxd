@@ -1,18 +1,33 @@
 # READ and WRITE of a handle that has a descriptor.
 #
-# Owns: nothing. A .pxd of inline functions, compiled into fuse_transport. Knows no names and no grants.
+# Owns: the marks by which Python's write() hears what a WRITE is about. A .pxd of inline functions, compiled into fuse_transport.
+# Knows no names and no grants.
 # Invariants: (1) A READ is short only at the end of the file, a WRITE never. (2) What is not answered here has changed nothing that
 # Python would not do again: a WRITE without space may have written some of its bytes. (3) A handle is borrowed while its descriptor
-# is in use and not for longer: never while sending or replying.
+# is in use and not for longer: never while sending or replying. (4) What must be durable is written here, then told to Python as a
+# WRITE of the number of its bytes (`WRITE_DONE`); the one that takes privileges from a file comes to Python first, where it fits.
 
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport Handle, HandleTable, handles_borrow, handles_return
 from cython_ext.message_io cimport REPLY_HEAD, WRITE_HEAD, count
 from cython_ext.page_pipe cimport PagePipe, pipe_fill, pipe_send, pipe_take
 from cython_ext.positioned_io cimport read_range, write_range
-from cython_ext.wire cimport Wire, answer, send_answer, to_device
+from cython_ext.wire cimport Wire, answer, refuse, send_answer, to_device
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC
-from libc.stdint cimport int64_t, uint64_t, uint8_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
+
+cdef extern from *:
+    """
+    /* Bits above those of any handle's number, in the number that Python's write() is given. */
+    #define WRITE_KILLS (1ULL << 58)    /* the writer may not keep set-id bits */
+    #define WRITE_GUARDED (1ULL << 59)  /* the file has privileges */
+    #define WRITE_SYNCED (1ULL << 60)   /* answered when durable */
+    #define WRITE_DONE (1ULL << 61)     /* the bytes are in the file; what follows is their number */
+    """
+    uint64_t WRITE_KILLS
+    uint64_t WRITE_GUARDED
+    uint64_t WRITE_SYNCED
+    uint64_t WRITE_DONE
 
 
 cdef inline bint read_served(
@@ -55,22 +70,58 @@ cdef inline void send_piped(Wire *wire, PagePipe *pipe, uint8_t *message, size_t
         to_device(wire, message, size)
 
 
-cdef inline int write_served(HandleTable *handles, Wire *wire, uint8_t *message) noexcept nogil:
-    """Answer a WRITE: 0. Python's: the errno that it is refused with if it cannot be forwarded."""
+cdef inline uint64_t marks_of(const Handle *handle, const fuse_io_in *arg) noexcept nogil:
+    """What Python must do about a WRITE. The kernel sends an FSYNC after it only where it caches (fs/fuse/file.c)."""
+    cdef uint64_t marks = 0
+    if handle.guarded:
+        marks = WRITE_GUARDED | (WRITE_KILLS if arg.io_flags & WRITE_KILL_SUIDGID else 0)
+    if arg.open_flags & <uint32_t>O_DSYNC and handle.open_flags & OPEN_DIRECT_IO:
+        marks |= WRITE_SYNCED
+    return marks
+
+
+cdef inline int write_served(
+        HandleTable *handles, Wire *wire, uint8_t *message, bint fits_python, size_t *size) noexcept nogil:
+    """Answer a WRITE of `size` bytes: 0. Python's: the errno that it is refused with if it cannot be forwarded; `size` is its length
+    then."""
     cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
     cdef fuse_write_out done
+    cdef uint64_t marks
     cdef int code
-    cdef Handle *handle = handles_borrow(handles, arg.fh)
+    cdef Handle *handle
+    if arg.size != size[0] - WRITE_HEAD:
+        count(&wire.counters.malformed, 1)
+        return refuse(wire, <fuse_in_header *>message, EINVAL)
+    handle = handles_borrow(handles, arg.fh)
     if handle == NULL:
         return EIO
     if not handle.served or not handle.writable or handle.fd < 0:
         handles_return(handles, handle)
         return EIO
+    marks = marks_of(handle, arg)
+    if marks & WRITE_GUARDED and fits_python:
+        handles_return(handles, handle)
+        arg.fh |= marks
+        return EIO
     code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
     handles_return(handles, handle)
     if code in (ENOSPC, EDQUOT):
+        arg.fh |= marks
         return ENOSPC  # Python can make room; the bytes already written it writes again
     if not code:
         count(&wire.counters.write_bytes, arg.size)
+        if marks:
+            size[0] = tell_done(message, marks)
+            return EIO
     done.size, done.padding = arg.size, 0
     return answer(wire, (<fuse_in_header *>message).unique, code, &done, sizeof(done))
+
+
+cdef inline size_t tell_done(uint8_t *message, uint64_t marks) noexcept nogil:
+    """Put the number of bytes in the place of the bytes of a WRITE; the length of the message now."""
+    cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
+    (<uint32_t *>(message + WRITE_HEAD))[0] = arg.size
+    arg.fh |= marks | WRITE_DONE
+    arg.size = sizeof(uint32_t)
+    (<fuse_in_header *>message).len = <uint32_t>(WRITE_HEAD + sizeof(uint32_t))
+    return WRITE_HEAD + sizeof(uint32_t)

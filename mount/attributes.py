@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+from itertools import chain
 
 import pyfuse3
 
@@ -20,6 +21,9 @@ BLOCK = 4096
 FOLDER_BLOCK = 128 * KIB  # opendir(3) of glibc makes its buffer so large, and the kernel asks us for as many entries as fit it
 NS = 1_000_000_000
 _ATTR_OUT = struct.Struct("<QII3Q3q10I")  # include/uapi/linux/fuse.h, protocol 7.9 and later
+# protocol 7.39: the validity, then struct fuse_statx; times are seconds, nanoseconds and a reserved word
+_STATX_OUT = struct.Struct("<QII16xIIQIIIHxxQQQQ" + "qI4x" * 4 + "4I112x")
+STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800
 NO_FILE_YET = bytes(_ATTR_OUT.size)  # for a spare
 
 
@@ -48,6 +52,18 @@ def getattr_answer(inode: Inode) -> bytes:
     numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, _block_of(inode), 0)
     valid_s = STAGED_S if inode.home else SETTLED_S
     return _ATTR_OUT.pack(valid_s, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
+
+
+def statx_answer(inode: Inode, born_ns: int | None, is_cached: bool) -> bytes:
+    """A struct fuse_statx_out: what getattr_answer() tells, and the time of birth if it is known."""
+    valid_s = (STAGED_S if inode.home else SETTLED_S) if is_cached else 0
+    mask = STATX_BASIC_STATS | (0 if born_ns is None else STATX_BTIME)
+    owner = (inode.nlink, inode.uid, inode.gid, inode.mode)
+    times = ((t // NS, t % NS) for t in (inode.atime_ns, born_ns or 0, inode.ctime_ns, inode.mtime_ns))
+    device = (os.major(inode.rdev), os.minor(inode.rdev))
+    return _STATX_OUT.pack(
+        valid_s, 0, 0, mask, _block_of(inode), 0, *owner, inode.ino, inode.size, inode.blocks, 0, *chain(*times), *device, 0, 0
+    )
 
 
 def statfs_of(store: Store) -> pyfuse3.StatvfsData:

@@ -2,8 +2,11 @@
 
 Owns: the numbers, the writable descriptors of the portable path, backing ids; keeps them in the mount's Table. Invariants:
 (1) All passthrough handles of one inode carry the backing id of its one source (live.py); an id lives as long as its source.
-(2) A handle is served by the kernel (passthrough), by the transport's threads (a descriptor), or by read() (a stream).
-(3) This process holds a writable descriptor only while a handle of the portable path is open: else it would block sealing.
+(2) A handle is served by the kernel (passthrough), by the transport's threads (a descriptor), or by read() (a stream). In
+    passthrough, too, the transport serves those with O_SYNC or O_DSYNC, whose writes are answered when durable, and those by
+    which a write may take privileges from the file.
+(3) This process holds a writable descriptor only while a handle of the portable path, or one whose writes we must see, is open:
+    else it would block sealing.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import pyfuse3
 from cascadefs import media
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
+from cascadefs.mount import privileges
 from cascadefs.mount.table import KeptHandle, Table
 from cascadefs.name_ring import Created
 from cascadefs.store import Store
@@ -30,10 +34,15 @@ UNRECORDED = 8  # a worker asks for one backing id at a time; the rest is room f
 
 @dataclass(slots=True)
 class Opened:
-    """`fd` is a descriptor of our own, for writing or to seek in, or -1."""
+    """`fd` is a descriptor of our own, for writing or to seek in, or -1; `flags` and `backing_id` as the transport knows them.
+    `outside`: the opener was not in the file's group; `is_root`: it may keep set-id bits."""
 
     handle: Handle
     fd: int
+    flags: int = 0
+    backing_id: int = 0
+    outside: bool = False
+    is_root: bool = False
 
 
 class Handles:
@@ -53,18 +62,21 @@ class Handles:
         """A number for a handle."""
         return next(self._numbers)
 
-    def add(self, handle: Handle, flags: int, request: int) -> pyfuse3.FileInfo:
-        """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2)."""
+    def add(self, handle: Handle, flags: int, request: int, is_root: bool = False, outside: bool = False) -> pyfuse3.FileInfo:
+        """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2);
+        `is_root`: the opener may write to a file without taking set-id bits from it."""
         fh = self.number()
         try:
-            fd = self._announce(fh, handle, flags & os.O_ACCMODE == os.O_WRONLY)
+            by_us = handle.writable and self._is_by_us(handle.ino, flags, is_root)
+            opened = self._announce(fh, handle, by_us)
         except BaseException:
             self.store.files.release(handle)
             raise
-        self._open[fh] = Opened(handle, fd)
+        opened.outside, opened.is_root = outside, is_root
+        self._open[fh] = opened
         passed = self.passthrough and handle.source is not None and not handle.direct
         backing_id = handle.source.backing_id if passed and handle.source is not None else 0
-        self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, handle.writable, handle.direct))
+        self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, handle.writable, handle.direct, by_us))
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
 
     def take_spare(self, one: Created, handle: Handle) -> None:
@@ -92,24 +104,53 @@ class Handles:
         self._open[fh] = Opened(handle, -1)
         self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, False, False))
 
-    def _announce(self, fh: int, handle: Handle, write_only: bool) -> int:
-        """Tell the transport of a handle; the descriptor of our own for writing, or -1."""
+    def _is_by_us(self, ino: int, flags: int, is_root: bool) -> bool:
+        """Whether the reads and writes of a writer come to us as they are, where the kernel could pass them on or cache."""
+        if self.passthrough:
+            return bool(flags & os.O_DSYNC) or (not is_root and self._has_set_id(ino))
+        return self.direct_writes and flags & os.O_ACCMODE == os.O_WRONLY
+
+    def _announce(self, fh: int, handle: Handle, by_us: bool) -> Opened:
+        """Tell the transport of a handle."""
         source = handle.source
         if source is None:
             size = self.store.namespace.get(handle.ino).size
             self.transport.set_handle(fh, open_flags=self.open_flags | FOPEN_DIRECT_IO, size_bytes=size)
         elif self.passthrough and not handle.direct and self._passes(source):
+            if by_us:
+                return self._serve(fh, source, handle, True, source.backing_id)
             self.transport.set_handle(fh, fd=source.fd, backing_id=source.backing_id, open_flags=self.open_flags)
         else:
-            return self._serve(fh, source, handle, handle.direct or (self.direct_writes and write_only))
-        return -1
+            return self._serve(fh, source, handle, handle.direct or by_us)
+        return Opened(handle, -1)
 
-    def _serve(self, fh: int, source: Source, handle: Handle, direct: bool) -> int:
+    def _serve(self, fh: int, source: Source, handle: Handle, direct: bool, backing_id: int = 0) -> Opened:
         flags = self.open_flags | (FOPEN_DIRECT_IO if direct else FOPEN_KEEP_CACHE)
         fd = os.open(f"/proc/self/fd/{source.fd}", os.O_RDWR | os.O_CLOEXEC) if handle.writable else -1
-        served_fd = fd if fd >= 0 else source.fd
-        self.transport.set_handle(fh, fd=served_fd, open_flags=flags, served=True, writable=handle.writable)
-        return fd
+        opened = Opened(handle, fd, flags, backing_id)
+        self._tell(fh, opened, source.fd, handle.writable and privileges.are_held(self.store.namespace, handle.ino))
+        return opened
+
+    def _tell(self, fh: int, opened: Opened, readable_fd: int, guarded: bool) -> None:
+        self.transport.set_handle(
+            fh,
+            fd=opened.fd if opened.fd >= 0 else readable_fd,
+            backing_id=opened.backing_id,
+            open_flags=opened.flags,
+            served=True,
+            writable=opened.handle.writable,
+            guarded=guarded,
+        )
+
+    def _has_set_id(self, ino: int) -> bool:
+        return privileges.has_set_id(self.store.namespace.get(ino).mode)
+
+    def privileges_changed(self, ino: int) -> None:
+        """The file got or lost some: those who write to it by us are watched, or not."""
+        guarded = privileges.are_held(self.store.namespace, ino)
+        for fh, opened in self._open.items():
+            if opened.handle.ino == ino and opened.handle.writable and opened.flags and opened.fd >= 0:
+                self._tell(fh, opened, opened.fd, guarded)
 
     def _follow(self, ino: int) -> None:
         """Handles that were opened as streams of an object: the transport seeks in the file that their inode has now."""
@@ -136,7 +177,7 @@ class Handles:
                 handle = self.store.files.inherit(kept.ino, kept.writable, kept.direct)
                 if handle.source is not None and kept.backing_id:
                     handle.source.backing_id = kept.backing_id
-                self._open[kept.fh] = Opened(handle, self._announce(kept.fh, handle, False))
+                self._open[kept.fh] = self._announce(kept.fh, handle, kept.by_us)
                 self._by_request[kept.request] = kept.fh
             except OSError as e:
                 log.warning("an open file of inode %d cannot be taken over: %s", kept.ino, e)

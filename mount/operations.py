@@ -23,12 +23,15 @@ from cascadefs.ext.listing import DOTS
 from cascadefs.live import Handle
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.answered import Answered
-from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of
+from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of, statx_answer
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.listings import Listings
 from cascadefs.mount.once import Once
+from cascadefs.mount.privileges import CAPABILITY, TRUSTED, changed_columns, has_set_id, is_outside, sees_trusted
+from cascadefs.mount.refusals import refuse_fact, refuse_kind, refuse_others, refuse_virtual
 from cascadefs.mount.virtual import Virtual, is_virtual
+from cascadefs.mount.writes import ALLOCATION, Writes
 from cascadefs.namespace import RENAME_EXCHANGE, ROOT
 from cascadefs.store import Store
 from cascadefs.types import Inode
@@ -37,8 +40,8 @@ Context: TypeAlias = pyfuse3.RequestContext
 Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
-XATTR_KINDS = (b"user.", b"trusted.", b"security.")  # no ACLs: system.posix_acl_* is refused
-CAPABILITY = b"security.capability"
+STATX = b"/statx"  # the attribute that stands for a STATX
+NAMELESS = b"/"  # the name that stands for none
 DROP_MEMORY = b"user.cascade.drop-memory"
 VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
@@ -58,6 +61,7 @@ class Operations(pyfuse3.Operations):
         self.store, self.handles, self.virtual, self.transport = store, handles, shown, handles.transport
         self.once, self.answered = once, Answered(store, handles, once)
         self.listings = Listings(store, self.answered)
+        self.writes = Writes(store, handles, self.answered)
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
@@ -121,7 +125,7 @@ class Operations(pyfuse3.Operations):
         target: bytes | None = None,
         home: int = 0,
     ) -> Inode:
-        _refuse_virtual(parent)
+        refuse_virtual(parent)
         with self._new_name(parent, name):
             made, folder = self.names.make_in(parent, name, mode, ctx.uid, ctx.gid, rdev, target, home, op)
         self.transport.set_attributes(parent, getattr_answer(folder))
@@ -164,14 +168,17 @@ class Operations(pyfuse3.Operations):
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: Context) -> Entry:
         """LINK."""
-        _refuse_virtual(inode, new_parent)
+        refuse_virtual(inode, new_parent)
         if (linked := self._made(new_parent, new_name, ctx)) is not None:
             return self._told(linked)
         with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
-            linked = self.names.link(inode, new_parent, new_name, op)
+            was_nameless = self.names.get(inode).nlink == 0
+            linked = self.names.link(inode, new_parent, new_name, op, may_be_first=True)  # the kernel knows which may
         self.answered.grants.renew(inode, linked)
         self._folders_changed(new_parent)
-        return self._told(linked)
+        if was_nameless:  # an fsync before had no name to tell, and did nothing
+            await self.store.mover.fsync(inode)
+        return self._told(self.names.get(inode))
 
     async def readlink(self, inode: int, ctx: Context) -> bytes:
         """READLINK."""
@@ -179,7 +186,7 @@ class Operations(pyfuse3.Operations):
 
     async def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
         """UNLINK."""
-        _refuse_virtual(parent)
+        refuse_virtual(parent)
         self.files.last_use = time.monotonic()
         if self.once.is_done(ctx):
             return
@@ -189,7 +196,7 @@ class Operations(pyfuse3.Operations):
 
     async def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """RMDIR."""
-        _refuse_virtual(parent)
+        refuse_virtual(parent)
         if self.once.is_done(ctx):
             return
         with self.once.operation(ctx, parent) as op:
@@ -198,7 +205,7 @@ class Operations(pyfuse3.Operations):
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context) -> None:
         """RENAME2."""
-        _refuse_virtual(parent, new_parent)
+        refuse_virtual(parent, new_parent)
         if (parent, name) == (ROOT, virtual.NAME) or (new_parent, new_name) == (ROOT, virtual.NAME):
             raise pyfuse3.FUSEError(errno.EPERM)
         if self.once.is_done(ctx):
@@ -228,7 +235,7 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: Context) -> int:
         """OPENDIR."""
         if is_virtual(inode):
-            _refuse_others(ctx)
+            refuse_others(ctx)
         self.answered.catch_up()
         return inode
 
@@ -272,45 +279,26 @@ class Operations(pyfuse3.Operations):
 
     async def setattr(self, inode: int, attr: Entry, fields: pyfuse3.SetattrFields, fh: int | None, ctx: Context) -> Entry:
         """SETATTR: truncate, chmod, chown, utimens."""
-        _refuse_virtual(inode)
+        refuse_virtual(inode)
         self.transport.drop_attributes(inode)
         if fields.update_size:
             with self.answered.grants.held_back(inode):
                 self.answered.catch_up()  # a reader that has left must not be taken for one that stays
                 await self.files.truncate(inode, attr.st_size, by_handle=fh is not None)
             self.answered.grants.want(inode)
-            self._strip_set_id(inode, ctx.uid)
-        columns = self._changes(self.names.get(inode), attr, fields)
+            outside = self._is_outside(inode, ctx.pid, ctx.gid)
+            self.writes.take_privileges(inode, may_keep_set_id=ctx.uid == 0, outside=outside, tell_kernel=False)
+        columns = changed_columns(self.names.get(inode), attr, fields)
         if columns or not (fields.update_size or fields.update_atime or fields.update_mtime):
             self.names.update(inode, **columns, ctime_ns=time.time_ns())
+        if has_set_id(columns.get("mode", 0)):
+            self.handles.privileges_changed(inode)
         if fields.update_atime or fields.update_mtime:
             atime = attr.st_atime_ns if fields.update_atime else None
             self.files.set_times(inode, atime, attr.st_mtime_ns if fields.update_mtime else None)
         found = self.names.get(inode)
         self.answered.grants.renew(inode, found)
         return entry(self.files.with_staged(found))
-
-    def _changes(self, inode: Inode, attr: Entry, fields: pyfuse3.SetattrFields) -> dict[str, int]:
-        columns: dict[str, int] = {}
-        mode = inode.mode
-        if fields.update_mode:
-            mode = stat.S_IFMT(mode) | (attr.st_mode & 0o7777)
-        if fields.update_uid:
-            columns["uid"] = attr.st_uid
-        if fields.update_gid:
-            columns["gid"] = attr.st_gid
-        timed = fields.update_atime or fields.update_mtime or fields.update_size
-        if not fields.update_mode and not timed:  # chown, also one that names neither owner nor group
-            mode = without_set_id(mode)
-        if mode != inode.mode:
-            columns["mode"] = mode
-        return columns
-
-    def _strip_set_id(self, ino: int, uid: int) -> None:
-        """Set-id bits do not outlive a change by anyone but root; the kernel leaves that to us (KILLPRIV_V2)."""
-        mode = self.names.get(ino).mode
-        if uid and without_set_id(mode) != mode:
-            self.names.update(ino, mode=without_set_id(mode))
 
     async def statfs(self, ctx: Context) -> pyfuse3.StatvfsData:
         """STATFS."""
@@ -321,36 +309,52 @@ class Operations(pyfuse3.Operations):
         if name.startswith(facts.PREFIX) and not is_virtual(inode):
             self.answered.catch_up()
             return await facts.fact(self.store, inode, name)
-        _refuse_kind(name)
+        if (name, ctx.pid) == (STATX, -1):
+            return self._statx(inode)
+        refuse_kind(name)
         return self.names.get_xattr(inode, name)
+
+    def _statx(self, inode: int) -> bytes:
+        """STATX, which the transport puts as a GETXATTR: as getattr(), with the time of birth."""
+        if is_virtual(inode):
+            return statx_answer(self.virtual.inode(inode), None, is_cached=False)
+        return statx_answer(self.files.attributes(inode), self.names.born_ns(inode), is_cached=True)
 
     async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
         """LISTXATTR."""
-        return [] if is_virtual(inode) else self.names.list_xattrs(inode)
+        found = [] if is_virtual(inode) else self.names.list_xattrs(inode)
+        if any(name.startswith(TRUSTED) for name in found) and not sees_trusted(ctx.pid, ctx.uid):
+            return [name for name in found if not name.startswith(TRUSTED)]
+        return found
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
+        if (name, ctx.pid) == (ALLOCATION, -1):
+            await self.writes.allocate(value)
+            return
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
-            _refuse_others(ctx)
+            refuse_others(ctx)
             self.drops_memory = value == b"1"
             return
         if (inode, name) == (virtual.FOLDER, VERIFY):
             self.store.verifier.request()
             return
-        _refuse_virtual(inode)
-        _refuse_fact(name)
-        _refuse_kind(name)
+        refuse_virtual(inode)
+        refuse_fact(name)
+        refuse_kind(name)
         self.transport.drop_attributes(inode)
         if name == CAPABILITY:
             self.transport.set_capabilities(True)
         self.names.set_xattr(inode, name, value)
+        if name == CAPABILITY:
+            self.handles.privileges_changed(inode)
         self.answered.grants.renew(inode, self.names.find(inode))
 
     async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:
         """REMOVEXATTR."""
-        _refuse_virtual(inode)
-        _refuse_fact(name)
-        _refuse_kind(name)
+        refuse_virtual(inode)
+        refuse_fact(name)
+        refuse_kind(name)
         self.transport.drop_attributes(inode)
         if not self.once.is_done(ctx):
             with self.once.operation(ctx, inode) as op:
@@ -359,7 +363,7 @@ class Operations(pyfuse3.Operations):
     # --- open files
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Context) -> tuple[Info, Entry]:
-        """CREATE: a new file, staged, open for its creator."""
+        """CREATE: a new file, staged, open for its creator; TMPFILE, which the transport puts as this: one without a name."""
         request = self.once.request(ctx)
         if (made := self._made(parent, name, ctx)) is not None:
             self.handles.forget_request(request)
@@ -368,6 +372,8 @@ class Operations(pyfuse3.Operations):
             return self.handles.add(handle, flags, request), self._told(made)
         home = self.store.residency.home_for_new()
         kind = stat.S_IFREG | (mode & 0o7777 & ~ctx.umask)
+        if name == NAMELESS:
+            return self._create_nameless(parent, kind, flags, home, ctx)
         try:
             with self.once.operation(ctx, parent) as op:
                 inode, handle = self.files.create(partial(self._make, parent, name, kind, ctx, op, home=home))
@@ -375,7 +381,7 @@ class Operations(pyfuse3.Operations):
             self._folders_changed(parent)  # the transport may have been told of a change that was rolled back
             raise
         try:
-            info = self.handles.add(handle, flags, request)
+            info = self.handles.add(handle, flags, request, is_root=ctx.uid == 0)
         except BaseException:
             gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
             self._gone_name(parent, name, gone.ino)
@@ -384,26 +390,42 @@ class Operations(pyfuse3.Operations):
         self.answered.grants.opened(handle)
         return info, entry(inode)
 
+    def _create_nameless(self, parent: int, kind: int, flags: int, home: int, ctx: Context) -> tuple[Info, Entry]:
+        """O_TMPFILE. Sent again, it is made again: nobody holds the first one, which goes with the handle of the request."""
+        refuse_virtual(parent)
+        request = self.once.request(ctx)
+        self.handles.forget_request(request)
+        inode, handle = self.files.create(partial(self.names.make_nameless, parent, kind, ctx.uid, ctx.gid, home))
+        info = self.handles.add(handle, flags, request, is_root=ctx.uid == 0)
+        self.files.lookups[inode.ino] = 1
+        return info, entry(inode)
+
     async def open(self, inode: int, flags: int, ctx: Context) -> Info:
         """OPEN."""
         self.answered.catch_up()
         if is_virtual(inode):
-            _refuse_others(ctx)
+            refuse_others(ctx)
             return self._open_text(inode, flags)
         request = self.once.request(ctx)
         self.handles.forget_request(request)
         if not flags & (WRITE_FLAGS | os.O_TRUNC):
-            return self._opened(await self.files.open(inode, False), flags, request)
+            return self._opened(await self.files.open(inode, False), flags, request, ctx)
+        outside = self._is_outside(inode, self.transport.pid_of(ctx.pid), ctx.gid)
         with self.answered.grants.held_back(inode):
             handle = await self.files.open(inode, bool(flags & WRITE_FLAGS), bool(flags & os.O_TRUNC))
-        if flags & WRITE_FLAGS:
-            self._strip_set_id(inode, ctx.uid)
-        return self._opened(handle, flags, request)
+        if flags & os.O_TRUNC:
+            self.writes.take_privileges(inode, may_keep_set_id=ctx.uid == 0, outside=outside)
+        return self._opened(handle, flags, request, ctx, outside)
 
-    def _opened(self, handle: Handle, flags: int, request: int) -> Info:
-        info = self.handles.add(handle, flags, request)
+    def _opened(self, handle: Handle, flags: int, request: int, ctx: Context, outside: bool = False) -> Info:
+        info = self.handles.add(handle, flags, request, ctx.uid == 0, outside)
         self.answered.grants.opened(handle)
         return info
+
+    def _is_outside(self, ino: int, pid: int, gid: int) -> bool:
+        """Whether the caller is not in the group of a file that sets it at execution; else it does not matter."""
+        inode = self.names.get(ino)
+        return has_set_id(inode.mode) and is_outside(pid, gid, inode.gid)
 
     def _open_text(self, inode: int, flags: int) -> Info:
         if flags & WRITE_FLAGS:
@@ -425,12 +447,8 @@ class Operations(pyfuse3.Operations):
         return await self.store.streams.read(opened.handle.ino, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """WRITE that found no space in the transport: make room, then try once more."""
-        if (opened := self.handles.get(fh)) is None:
-            raise os_error(errno.EBADF)
-        self.store.residency.make_room(len(buf))
-        await trio.to_thread.run_sync(_write_fully, opened.fd, buf, off)
-        return len(buf)
+        """WRITE that the transport could not answer alone."""
+        return await self.writes.write(fh, off, buf)
 
     async def flush(self, fh: int) -> None:
         """FLUSH comes only with --sync close."""
@@ -463,40 +481,3 @@ class Operations(pyfuse3.Operations):
 
 def _text_inode(fh: int) -> int:
     return fh & ~TEXT_HANDLES & ~TEXT_COUNTS
-
-
-def without_set_id(mode: int) -> int:
-    """`mode` as a change of content or owner leaves it: no set-user-id; no set-group-id where the group may execute."""
-    if stat.S_ISDIR(mode):
-        return mode
-    return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
-
-
-def _refuse_virtual(*inodes: int) -> None:
-    if any(is_virtual(ino) for ino in inodes):
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-
-def _refuse_others(ctx: Context) -> None:
-    """Control is for root and for whoever mounted; the kernel checks the permissions of .cascade, this is the second lock."""
-    if ctx.uid not in (0, os.getuid()):
-        raise pyfuse3.FUSEError(errno.EACCES)
-
-
-def _refuse_fact(name: bytes) -> None:
-    if name.startswith(facts.PREFIX):
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-
-def _refuse_kind(name: bytes) -> None:
-    if not name.startswith(XATTR_KINDS):
-        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-    if name in XATTR_KINDS:
-        raise pyfuse3.FUSEError(errno.EINVAL)
-
-
-def _write_fully(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done

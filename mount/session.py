@@ -23,6 +23,7 @@ from cascadefs.mount.table import Table
 
 log = logging.getLogger(__name__)
 SOCKET_BYTES = 8 << 20  # a request or answer can be 1 MiB
+WHOLE_WRITE_BYTES = 3 << 20  # one of 1 MiB fits, as the kernel counts
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 # One reader answers control requests fastest: a second one only adds wake-ups across cores. The portable path moves the
 # bytes itself, there a second one keeps both cores busy.
@@ -59,6 +60,7 @@ class Session:
             splicing=True,
             events=table.events,
             ring=ring,
+            whole_writes=self._ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > WHOLE_WRITE_BYTES,
         )
         self._threads: list[threading.Thread] = []
         self._closed = False

@@ -26,7 +26,7 @@ INOS_BITS = 32  # no worker makes four billion inodes
 HANDLES, BACKINGS, OPERATIONS = 1 << 16, 1 << 16, 1 << 12  # 4096 operations: 99 can wait for an answer at once
 
 _HEAD = struct.Struct("<4sIQQQ")  # magic, version, workers started, length of the INIT request, first inode of the first
-_HANDLE = struct.Struct("<QQQiBBxx")  # fh, inode, request, backing id, writable, direct
+_HANDLE = struct.Struct("<QQQiBBBx")  # fh, inode, request, backing id, writable, direct, by us (earlier ones wrote 0)
 _OPERATION = struct.Struct("<QQQ")  # request, its number, inode whose row will carry the number
 _KEY = struct.Struct("<Q")
 _BACKING = struct.Struct("<i")
@@ -41,7 +41,8 @@ TABLE_BYTES = OPERATIONS_AT + OPERATIONS * _OPERATION.size
 
 @dataclass(frozen=True, slots=True)
 class KeptHandle:
-    """One open file. `request`: the unique number of the OPEN or CREATE that made it; `backing_id` 0: none."""
+    """One open file. `request`: the unique number of the OPEN or CREATE that made it; `backing_id` 0: none; `by_us`: reads and
+    writes come to us in spite of it."""
 
     fh: int
     ino: int
@@ -49,6 +50,7 @@ class KeptHandle:
     backing_id: int
     writable: bool
     direct: bool
+    by_us: bool = False
 
 
 class Table:
@@ -126,7 +128,8 @@ class Table:
     def _handle_places(self) -> Iterator[tuple[int, KeptHandle]]:
         for at in np.flatnonzero(self._handle_keys()).tolist():
             row = _HANDLE.unpack_from(self._memory, HANDLES_AT + at * _HANDLE.size)
-            yield at, KeptHandle(row[0], row[1], row[2], row[3], bool(row[4]), bool(row[5]))
+            kinds = bool(row[4]), bool(row[5]), bool(row[6])
+            yield at, KeptHandle(row[0], row[1], row[2], row[3], *kinds)
 
     def handles(self) -> list[KeptHandle]:
         """Files that the kernel has open, or was about to be told of."""
@@ -138,7 +141,8 @@ class Table:
             return
         at = self._slots[kept.fh] = self._free_handles.pop()
         place = HANDLES_AT + at * _HANDLE.size
-        _HANDLE.pack_into(self._memory, place, 0, kept.ino, kept.request, kept.backing_id, kept.writable, kept.direct)
+        kinds = kept.writable, kept.direct, kept.by_us
+        _HANDLE.pack_into(self._memory, place, 0, kept.ino, kept.request, kept.backing_id, *kinds)
         _KEY.pack_into(self._memory, place, kept.fh)
 
     def remove_handle(self, fh: int) -> None:

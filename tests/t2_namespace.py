@@ -109,3 +109,30 @@ def test_folders_that_are_no_store_are_refused_untouched(tmp_path):
     (tmp_path / "s" / "store.json").write_text(text.replace('"format": 1', '"format": 99'))
     with pytest.raises(StoreError, match="99"):
         Database(tmp_path / "s")
+
+
+def test_a_file_without_a_name_gets_its_first_one(namespace):
+    made = namespace.make_nameless(ROOT, stat.S_IFREG | 0o600, 3, 4, 0)
+    assert made == namespace.get(made.ino) and made.nlink == 0 and namespace.orphans() == [made.ino]
+    fails(errno.ENOENT, namespace.link, made.ino, ROOT, b"f")
+    assert namespace.link(made.ino, ROOT, b"f", may_be_first=True).nlink == 1
+    assert namespace.lookup(ROOT, b"f").ino == made.ino and namespace.orphans() == []
+
+
+def test_birth_is_when_the_inode_was_made(namespace):
+    made = namespace.make(ROOT, b"f", stat.S_IFREG | 0o600, 0, 0)
+    namespace.update(made.ino, ctime_ns=1)
+    assert namespace.born_ns(made.ino) == made.ctime_ns and namespace.born_ns(99) is None
+
+
+def test_a_store_of_before_gets_the_later_columns(tmp_path):
+    before = Database(tmp_path / "store")
+    ino = Namespace(before).make(ROOT, b"f", FILE, 0, 0).ino
+    for column in ("last_op", "born_ns"):
+        before.connection.executescript(f"ALTER TABLE inodes DROP COLUMN {column}")
+    before.close()
+    now = Database(tmp_path / "store")
+    names = Namespace(now)
+    assert names.born_ns(ino) is None and names.is_done(ino, 0)
+    assert names.born_ns(names.make(ROOT, b"g", FILE, 0, 0).ino) is not None
+    now.close()

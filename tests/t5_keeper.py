@@ -40,7 +40,7 @@ def test_the_next_worker_finds_what_the_last_one_left():
     first = Table.make()
     first.generation = 1
     first.init_request, first.first_ino = b"init", 1000
-    handles = [KeptHandle(fh, fh * 2, fh * 3, fh, fh % 2 == 0, fh == 5) for fh in range(1, 9)]
+    handles = [KeptHandle(fh, fh * 2, fh * 3, fh, fh % 2 == 0, fh == 5, fh == 6) for fh in range(1, 9)]
     for handle in handles:
         first.add_handle(handle)
         first.add_backing(handle.backing_id)

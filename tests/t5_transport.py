@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from cascadefs.ext.fuse_transport import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, LARGEST_SPLICED_READ, Transport
+from cascadefs.ext.fuse_transport import (
+    FOPEN_DIRECT_IO,
+    FOPEN_KEEP_CACHE,
+    FOPEN_NOFLUSH,
+    FOPEN_PASSTHROUGH,
+    LARGEST_SPLICED_READ,
+    WRITE_IS_DONE,
+    WRITE_IS_SYNCED,
+    WRITE_TAKES_PRIVILEGES,
+    WRITER_MAY_NOT_KEEP_SETID,
+    Transport,
+)
 
 INIT, OPEN, READ, WRITE, CREATE, FALLOCATE, LSEEK, LOOKUP, READDIR = 26, 14, 15, 16, 35, 43, 46, 1, 28
 INIT_EXT, KILLPRIV_V2, PASSTHROUGH2, MMAP2 = 1 << 30, 1 << 28, 1 << 5, 1 << 4
@@ -366,3 +377,78 @@ def test_attributes_given_in_advance_are_answered_until_dropped(wire):
         wire.transport.set_attributes(ino, answer)
     with pytest.raises(ValueError, match="fuse_attr_out"):
         wire.transport.set_attributes(1, b"short")
+
+
+SETXATTR, GETXATTR, TMPFILE, STATX = 21, 22, 51, 52
+DSYNC_FLAG, KILL_FLAG = os.O_DSYNC, 1 << 2
+
+
+def write_body(fh, data, flags=0, open_flags=0, offset=0):
+    return struct.pack("<QQIIQII", fh, offset, len(data), flags, 0, open_flags, 0) + data
+
+
+def test_a_write_that_must_be_durable_is_written_here_and_told_to_python(wire, tmp_path):
+    with open(tmp_path / "f", "w+b", buffering=0) as file:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True, open_flags=FOPEN_DIRECT_IO)
+        wire.transport.set_handle(2, fd=file.fileno(), served=True, writable=True, open_flags=FOPEN_KEEP_CACHE)
+        wire.ask(WRITE, write_body(1, b"durable", open_flags=DSYNC_FLAG))
+        marked = 1 | WRITE_IS_SYNCED | WRITE_IS_DONE
+        assert wire.forwarded() == (WRITE, write_body(marked, struct.pack("<I", 7), open_flags=DSYNC_FLAG))
+        assert os.pread(file.fileno(), 10, 0) == b"durable"
+        for fh, flags in ((1, 0), (2, DSYNC_FLAG)):  # after the latter the kernel sends an FSYNC
+            wire.ask(WRITE, write_body(fh, b"cached", open_flags=flags))
+            assert wire.answered() == (0, 7, struct.pack("<II", 6, 0))
+        for fh in (1, 2):
+            wire.transport.drop_handle(fh)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_write_that_takes_privileges_comes_to_python_first(tmp_path, fits):
+    wire = Wire(whole_writes=fits)
+    with open(tmp_path / "f", "w+b", buffering=0) as file:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True, guarded=True)
+        for flags, mark in ((KILL_FLAG, WRITER_MAY_NOT_KEEP_SETID), (0, 0)):
+            file.truncate(0)
+            wire.ask(WRITE, write_body(1, b"bytes", flags))
+            told = write_body(1 | WRITE_TAKES_PRIVILEGES | mark | (0 if fits else WRITE_IS_DONE), b"bytes", flags)
+            if not fits:
+                told = told[:16] + struct.pack("<I", 4) + told[20:-5] + struct.pack("<I", 5)
+            assert wire.forwarded() == (WRITE, told)
+            assert os.fstat(file.fileno()).st_size == (0 if fits else 5)
+        asked = struct.pack("<QQQII", 1, 0, 8192, 0, 0)
+        wire.ask(FALLOCATE, asked)
+        assert wire.forwarded() == (SETXATTR, struct.pack("<II", len(asked), 0) + b"/fallocate\0" + asked)
+        wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True)
+        wire.ask(FALLOCATE, asked)
+        assert wire.answered()[0] == 0
+        wire.transport.drop_handle(1)
+    wire.close()
+
+
+def test_what_pyfuse3_lacks_comes_in_the_form_of_others(wire):
+    made = struct.pack("<IIII", os.O_RDWR, 0o600, 0, 0) + b"/\0"
+    wire.ask(TMPFILE, made)
+    assert wire.forwarded() == (CREATE, made)
+    wire.ask(STATX, struct.pack("<IIQII", 1, 0, 5, 0, 0xFFF))
+    assert wire.forwarded() == (GETXATTR, struct.pack("<II", 288, 0) + b"/statx\0")
+    wire.ask(TMPFILE, b"")
+    assert wire.answered()[0] == -errno.EINVAL
+
+
+def test_a_range_is_zeroed_also_where_the_filesystem_cannot(wire):
+    zero, keep = 16, 1
+    with open("/dev/shm/cascadefs-test-zero", "w+b", buffering=0) as file:
+        os.unlink(file.name)
+        file.write(b"d" * 10_000)
+        wire.transport.set_handle(1, fd=file.fileno())
+        for mode, offset, length, size in (
+            (zero, 4000, 3000, 10_000),
+            (zero | keep, 9000, 5000, 10_000),
+            (zero, 9500, 5000, 14_500),
+        ):
+            wire.ask(FALLOCATE, struct.pack("<QQQII", 1, offset, length, mode, 0))
+            assert wire.answered() == (0, 7, b"")
+            assert os.fstat(file.fileno()).st_size == size
+        expected = b"d" * 4000 + bytes(3000) + b"d" * 2000 + bytes(5500)
+        assert os.pread(file.fileno(), 20_000, 0) == expected
+        wire.transport.drop_handle(1)

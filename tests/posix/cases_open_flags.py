@@ -208,25 +208,68 @@ def synchronous_writes(path: Path) -> None:
         same((path / name).read_bytes(), pattern(10000) + b"end")
 
 
+def nameless(path: Path, flags: int = os.O_RDWR, mode: int = 0o640) -> int:
+    return os.open(path, os.O_TMPFILE | flags, mode)
+
+
+def give_name(fd: int, folder: Path, name: str) -> None:
+    """Only linkat with AT_SYMLINK_FOLLOW does; Python takes that way when a dir_fd is given."""
+    with opened(folder) as at:
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=True)
+
+
 @case
-def tmpfile_works_or_is_unsupported(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_TMPFILE | os.O_RDWR, 0o640)
-    except OSError as error:
-        assert error.errno == errno.EOPNOTSUPP
-        assert os.listdir(path) == []
-        return
-    with opened(path) as folder:
+def tmpfile_has_no_name_until_it_is_given_one(path: Path) -> None:
+    for name, flags in (("plain", os.O_RDWR), ("synced", os.O_WRONLY | os.O_SYNC), ("direct", os.O_RDWR | os.O_DIRECT)):
+        fd = nameless(path, flags)
         try:
-            os.write(fd, b"nameless")
-            assert os.fstat(fd).st_nlink == 0
-            assert os.listdir(path) == []
-            # Only linkat with AT_SYMLINK_FOLLOW gives it a name; Python takes that way when a dir_fd is given.
-            os.link(f"/proc/self/fd/{fd}", "named", src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+            os.writev(fd, [aligned(b"n" * PAGE)])
+            about = os.fstat(fd)
+            assert (about.st_nlink, about.st_size, stat.S_IMODE(about.st_mode)) == (0, PAGE, 0o640)
+            assert name not in os.listdir(path)
+            give_name(fd, path, name)
+            give_name(fd, path, name + "-too")
+            assert os.fstat(fd).st_nlink == 2
         finally:
             os.close(fd)
-    assert (path / "named").read_bytes() == b"nameless"
-    assert (path / "named").stat().st_nlink == 1
+        assert (path / name).read_bytes() == (path / (name + "-too")).read_bytes() == b"n" * PAGE
+        assert (path / name).stat().st_ino == about.st_ino
+
+
+@case
+def tmpfile_with_excl_never_gets_a_name(path: Path) -> None:
+    fd = nameless(path, os.O_RDWR | os.O_EXCL)
+    try:
+        os.write(fd, b"nameless")
+        refused(errno.ENOENT, give_name, fd, path, "named")
+        same(os.pread(fd, 100, 0), b"nameless")
+    finally:
+        os.close(fd)
+    assert os.listdir(path) == []
+
+
+@case
+def tmpfile_is_one_more_file(path: Path) -> None:
+    os.chown(path, 0, 4321)
+    os.chmod(path, 0o2755)
+    refused({errno.EINVAL, errno.EISDIR}, nameless, path, os.O_RDONLY)
+    fds = [nameless(path, os.O_RDWR, 0o666) for _ in range(3)]
+    for number, fd in enumerate(fds):
+        os.write(fd, b"%d" % number)
+        assert os.fstat(fd).st_gid == 4321
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o644
+    assert len({os.fstat(fd).st_ino for fd in fds}) == 3
+    os.fsync(fds[0])
+    give_name(fds[0], path, "zero")
+    refused(errno.EEXIST, give_name, fds[1], path, "zero")
+    with mmap.mmap(fds[2], 1) as mapped:
+        mapped[:1] = b"m"
+    assert os.pread(fds[2], 1, 0) == b"m"
+    for fd in fds:
+        os.close(fd)
+    assert os.listdir(path) == ["zero"]
+    assert (path / "zero").read_bytes() == b"0"
+    os.chmod(path, 0o755)
 
 
 @case

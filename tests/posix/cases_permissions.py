@@ -6,9 +6,24 @@ Each child works in the folder of the case by relative names: the way to it may 
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
-from .support import NOBODY, OTHER, Child, as_user, case, gates, in_child, opened, refused, user_work
+from .support import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    NOBODY,
+    OTHER,
+    Child,
+    as_user,
+    case,
+    fallocate,
+    gates,
+    in_child,
+    opened,
+    refused,
+    user_work,
+)
 
 STAFF = 5000
 
@@ -323,3 +338,119 @@ def root_passes_every_check(path: Path) -> None:
     in_child(use)
     os.chmod(path, 0o755)
     assert (path / "moved").read_bytes() == b"ROOTent"
+
+
+def mode_of(file: Path | str) -> int:
+    return stat.S_IMODE(os.stat(file).st_mode)
+
+
+CHANGES: tuple[Callable[[int], object], ...] = (
+    lambda fd: os.write(fd, b"x"),
+    lambda fd: os.pwritev(fd, [b"a", b"b"], 3),
+    lambda fd: os.ftruncate(fd, 5),
+    lambda fd: fallocate(fd, 0, 0, 100),
+    lambda fd: fallocate(fd, FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE, 0, 4096),
+)
+WAYS = (os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_SYNC, os.O_WRONLY | os.O_DSYNC, os.O_WRONLY | os.O_APPEND)
+
+
+@case
+def set_id_goes_at_the_change_not_at_the_open(path: Path) -> None:
+    file = file_of(path, 0o666)
+    for flags in WAYS:
+        for change in CHANGES:
+            os.chmod(file, 0o6777)
+
+            def work(flags: int = flags, change: Callable[[int], object] = change) -> None:
+                with opened("file", flags) as fd:
+                    assert mode_of("file") == 0o6777
+                    change(fd)
+                    assert stat.S_IMODE(os.fstat(fd).st_mode) == mode_of("file") == 0o777
+
+            as_user(path, work)
+            assert mode_of(file) == 0o777
+
+
+@case
+def set_gid_without_execution_goes_outside_the_group(path: Path) -> None:
+    file = file_of(path, 0o666, gid=STAFF)
+
+    def work() -> None:
+        with opened("file", os.O_WRONLY) as fd:
+            os.write(fd, b"x")
+
+    for groups, left in (((), 0o767), ((STAFF,), 0o2767)):
+        os.chmod(file, 0o2767)
+        as_user(path, work, groups=groups)
+        assert mode_of(file) == left
+        os.chmod(file, 0o2767)
+        as_user(path, lambda: os.truncate("file", 3), groups=groups)
+        assert mode_of(file) == left
+
+
+@case
+def root_keeps_set_id_and_truncation_at_open_takes_it(path: Path) -> None:
+    file = file_of(path, 0o6777)
+    with opened(file, os.O_WRONLY) as fd:
+        os.write(fd, b"root")
+    assert mode_of(file) == 0o6777
+    for flags in (os.O_RDONLY, os.O_WRONLY):
+        os.chmod(file, 0o6777)
+        assert mode_of(file) == 0o6777  # what is known here must not be believed afterwards
+        as_user(path, lambda flags=flags: os.close(os.open("file", flags | os.O_TRUNC)))  # type: ignore[misc]
+        assert mode_of(file) == 0o777
+
+
+@case
+def a_new_set_id_file_loses_it_at_its_first_write(path: Path) -> None:
+    open_to_all(path)
+
+    def work() -> None:
+        os.umask(0)
+        with opened("new", os.O_CREAT | os.O_WRONLY, 0o4755) as fd:
+            assert mode_of("new") == 0o4755
+            os.write(fd, b"x")
+            assert mode_of("new") == 0o755
+
+    as_user(path, work)
+
+
+@case
+def capabilities_go_at_each_change(path: Path) -> None:
+    file = file_of(path, 0o777)
+    capability = bytes.fromhex("0100000204000000000000000000000000000000")
+    for flags in WAYS:
+        with opened(file, flags) as fd:  # one descriptor: also when they come while it is open
+            for change in CHANGES:
+                os.setxattr(file, "security.capability", capability)
+                change(fd)
+                assert os.listxattr(file) == []
+    by_name: tuple[Callable[[], object], ...] = (
+        lambda: os.truncate(file, 2),
+        lambda: os.chown(file, 1, 1),
+        lambda: os.close(os.open(file, os.O_WRONLY | os.O_TRUNC)),
+    )
+    for act in by_name:
+        os.setxattr(file, "security.capability", capability)
+        act()
+        assert os.listxattr(file) == []
+    os.setxattr(file, "security.capability", capability)
+    as_user(path, lambda: Path("file").write_bytes(b"elf"))
+    refused(errno.ENODATA, os.getxattr, file, "security.capability")
+
+
+@case
+def trusted_names_are_for_the_administrator(path: Path) -> None:
+    file = file_of(path, 0o666)
+    os.setxattr(file, "trusted.test", b"1")
+    os.setxattr(file, "user.test", b"1")
+    assert set(os.listxattr(file)) == {"trusted.test", "user.test"}
+
+    def look() -> None:
+        assert os.listxattr("file") == ["user.test"]
+        refused(errno.ENODATA, os.getxattr, "file", "trusted.test")
+        refused(errno.EPERM, os.setxattr, "file", "trusted.test", b"2")
+        refused(errno.EPERM, os.removexattr, "file", "trusted.test")
+
+    as_user(path, look)
+    assert os.getxattr(file, "trusted.test") == b"1"

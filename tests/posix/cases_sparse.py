@@ -6,8 +6,11 @@ from pathlib import Path
 
 from .support import (
     BLOCK,
+    FALLOC_COLLAPSE_RANGE,
+    FALLOC_INSERT_RANGE,
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
     GIB,
     MIB,
     PAGE,
@@ -231,3 +234,35 @@ def sparse_copy_has_equal_bytes(path: Path) -> None:
     run("cp", "--sparse=always", str(path / "file"), str(path / "copy"))
     run("cmp", str(path / "file"), str(path / "copy"))
     assert (path / "copy").stat().st_blocks < FEW_BLOCKS
+
+
+@case
+def zero_range_works_or_is_unsupported(path: Path) -> None:
+    data = pattern(100_000)
+    with opened(path / "file", CREATE) as fd:
+        os.write(fd, data)
+        try:
+            fallocate(fd, FALLOC_ZERO_RANGE, 10_001, 30_000)
+        except OSError as error:  # as tmpfs
+            assert error.errno == errno.EOPNOTSUPP
+            return
+        same(os.pread(fd, 200_000, 0), data[:10_001] + bytes(30_000) + data[40_001:])
+        fallocate(fd, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE, 90_000, 60_000)
+        assert os.fstat(fd).st_size == 100_000
+        fallocate(fd, FALLOC_ZERO_RANGE, 95_000, 25_000)
+        assert os.fstat(fd).st_size == 120_000
+        zeros(os.pread(fd, 200_000, 90_000), 30_000)
+    with opened(path / "file") as fd:
+        refused(errno.EBADF, fallocate, fd, FALLOC_ZERO_RANGE, 0, 10)
+
+
+@case
+def ranges_are_not_moved_where_that_is_unsupported(path: Path) -> None:
+    (path / "file").write_bytes(pattern(3 * PAGE))
+    with opened(path / "file", os.O_RDWR) as fd:
+        for mode in (FALLOC_COLLAPSE_RANGE, FALLOC_INSERT_RANGE):
+            try:
+                fallocate(fd, mode, 0, PAGE)
+            except OSError as error:
+                assert error.errno in (errno.EOPNOTSUPP, errno.EINVAL)
+                same(os.pread(fd, 4 * PAGE, 0), pattern(3 * PAGE))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .support import UTIME_NOW, UTIME_OMIT, case, in_child, opened, pattern, rest, settle, tick, utimensat
+from .support import UTIME_NOW, UTIME_OMIT, birth_ns, case, in_child, opened, pattern, rest, settle, tick, utimensat
 
 SECOND_NS = 1_000_000_000
 PAST_NS = 1_000_000_000 * SECOND_NS
@@ -222,3 +222,27 @@ def mtime_written_by_another_process_is_seen(path: Path) -> None:
 
     assert moved(file, lambda: in_child(append)) == {"mtime", "ctime"}
     assert file.stat().st_size == 2
+
+
+@case
+def birth_is_told_and_never_moves(path: Path) -> None:
+    before = time.time_ns() - 10**9  # the clock of the kernel is coarse
+    (path / "file").write_bytes(b"born")
+    (path / "folder").mkdir()
+    os.symlink("file", path / "link")
+    born = birth_ns(path / "file")
+    assert born is not None and before < born <= (path / "file").stat().st_ctime_ns
+    tick()
+    (path / "file").write_bytes(b"changed")
+    os.utime(path / "file", ns=(1, 1))
+    os.chmod(path / "file", 0o600)
+    rest(path / "file")
+    os.rename(path / "file", path / "folder" / "moved")
+    assert birth_ns(path / "folder" / "moved") == born
+    assert (path / "folder" / "moved").stat().st_mtime_ns == 1
+    found = birth_ns(path / "folder")
+    assert found is not None and found >= born
+    with opened(path / "folder" / "moved", os.O_RDWR) as fd:
+        os.write(fd, b"more than before")
+        assert birth_ns(path / "folder" / "moved") == born
+        assert os.stat(path / "folder" / "moved").st_size == 16

@@ -1,0 +1,42 @@
+# Requests that pyfuse3 has no handler for, put in the form of others that it has.
+#
+# Owns: the forms. A .pxd of inline functions, compiled into fuse_transport. Knows no table. Invariants: (1) The answer to the other
+# request is, byte for byte, one to this. (2) No caller can send what is made here: pid -1 tells it.
+
+from cython_ext.fuse_abi cimport *
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcpy
+
+
+cdef inline void put_as_other(uint8_t *message) noexcept nogil:
+    """TMPFILE as CREATE: its name is `/` already, which no file can have. FALLOCATE and STATX as below. There is room: a WRITE is longer."""
+    cdef fuse_in_header *head = <fuse_in_header *>message
+    if head.opcode == FUSE_TMPFILE:
+        head.opcode = FUSE_CREATE
+    elif head.opcode == FUSE_STATX:
+        statx_as_getxattr(message)
+    elif head.opcode == FUSE_FALLOCATE:
+        allocation_as_setxattr(message)
+
+
+cdef inline void statx_as_getxattr(uint8_t *message) noexcept nogil:
+    """The value of `/statx` is a struct fuse_statx_out."""
+    cdef fuse_in_header *head = <fuse_in_header *>message
+    cdef fuse_getxattr_in *arg = <fuse_getxattr_in *>(message + sizeof(fuse_in_header))
+    arg.size, arg.padding = STATX_OUT_BYTES, 0
+    memcpy(<uint8_t *>arg + sizeof(fuse_getxattr_in), <const char *>b"/statx", 7)
+    head.opcode, head.pid = FUSE_GETXATTR, <uint32_t>-1
+    head.len = sizeof(fuse_in_header) + sizeof(fuse_getxattr_in) + 7
+
+
+cdef inline void allocation_as_setxattr(uint8_t *message) noexcept nogil:
+    """The value of `/fallocate` is what FALLOCATE asks for."""
+    cdef fuse_in_header *head = <fuse_in_header *>message
+    cdef fuse_setxattr_in *arg = <fuse_setxattr_in *>(message + sizeof(fuse_in_header))
+    cdef fuse_fallocate_in asked = (<fuse_fallocate_in *>arg)[0]
+    cdef uint8_t *name = <uint8_t *>arg + sizeof(fuse_setxattr_in)
+    memcpy(name, <const char *>b"/fallocate", 11)
+    memcpy(name + 11, &asked, sizeof(asked))
+    arg.size, arg.flags = sizeof(asked), 0
+    head.opcode, head.pid = FUSE_SETXATTR, <uint32_t>-1
+    head.len = sizeof(fuse_in_header) + sizeof(fuse_setxattr_in) + 11 + sizeof(asked)
