@@ -31,6 +31,17 @@ def _size(text: str) -> int:
         raise ValueError("write a size such as 512MiB or 4GiB") from None
 
 
+def absolute(text: str) -> Path:
+    """A folder as the caller means it: `~` is a home, a relative one begins in the working folder of now. The daemon has another."""
+    home = os.path.expanduser(text)
+    if not text or home.startswith("~"):
+        raise ValueError("write a folder" if not text else "that home folder is not known; write an absolute path")
+    try:
+        return Path(os.path.abspath(home))
+    except FileNotFoundError:
+        raise ValueError("the working folder is gone; write an absolute path") from None
+
+
 def _truth(text: str) -> bool:
     if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
         raise ValueError("write true or false")
@@ -64,7 +75,7 @@ def _level(text: str) -> str:
 def default_store() -> Path:
     """$SCRATCH/cascadefs on HPC machines, else the user's data folder."""
     if scratch := os.environ.get("SCRATCH"):
-        return Path(scratch) / "cascadefs"
+        return absolute(scratch) / "cascadefs"
     home = os.path.expanduser("~")  # without HOME: what the user database says; "~" or "" when it says nothing
     if not os.path.isabs(home):
         raise ConfigError("this user has no home folder to keep a store in; give one: --store DIR or CASCADEFS_STORE")
@@ -85,9 +96,9 @@ def _setting(parse: Callable[[str], Any], default: Any, low: int | None = None, 
 class Settings:
     """All settings. Sizes are bytes, times seconds."""
 
-    store: Path = _setting(Path, default_store, help="folder of the cold tier and the index")
+    store: Path = _setting(absolute, default_store, help="folder of the cold tier and the index")
     shm_size: int = _setting(_size, quarter_of_ram, 16 * MIB, 64 * TIB, help="capacity of the memory tier")
-    shm_dir: Path = _setting(Path, Path("/dev/shm"), help="where the memory tier's folder is made")
+    shm_dir: Path = _setting(absolute, Path("/dev/shm"), help="where the memory tier's folder is made")
     sync: str = _setting(_sync, "fsync", help="fsync: durable at fsync; close: durable at close, too")
     passthrough: bool = _setting(_truth, True, help="let the kernel move the bytes where it can")
     dedup: str = _setting(_dedup, "store", help="who shares equal contents: store (all), user (files of one owner), off")
@@ -146,8 +157,11 @@ NO_SETTINGS = {
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None) -> Configuration:
-    """Merge the four sources; `flags` with value None are not given. Raises ConfigError with one line."""
+    """Merge the four sources; `flags` with value None are not given, nor is `file`: then CASCADEFS_CONFIG names it. Raises
+    ConfigError with one line."""
     names = [f.name for f in fields(Settings)]
+    if file is None and (named := environ.get("CASCADEFS_CONFIG")):
+        file = Path(os.path.expanduser(named))
     from_file = _read_file(file) if file else {}
     for key in from_file:
         if key not in names:

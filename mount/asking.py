@@ -107,7 +107,16 @@ def stats(path: Path) -> dict[str, Any]:
 
 def mountpoint(typed: Path | None) -> Path:
     """Of the mount that was named, or of the only one; it may be dead. UserError."""
-    return mount_of(typed).path
+    found = mount_of(typed)
+    whole = whole_of(found)
+    if whole is None:
+        raise UserError(f"only the folder {found.root} of a cascadefs is mounted at {found.path}; name its whole mount")
+    return whole.path
+
+
+def whole_of(found: Mounted) -> Mounted | None:
+    """Where the same mount can be seen with .cascade/: a bind mount may show a folder of it."""
+    return next((m for m in (found, *mountinfo.ours()) if m.device == found.device and m.root == "/"), None)
 
 
 def mount_of(typed: Path | None) -> Mounted:

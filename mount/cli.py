@@ -20,7 +20,8 @@ import humanfriendly
 
 from cascadefs.config import Configuration, Settings, load
 from cascadefs.errors import ConfigError, UserError
-from cascadefs.mount import asking, mountinfo
+from cascadefs.mount import asking, device, mountinfo
+from cascadefs.mount.places import check_apart
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
@@ -97,7 +98,7 @@ def main() -> None:
 
 def _settings(config: Path | None, **flags: object) -> Configuration:
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
-    found = load(given, os.environ, config or (Path(c) if (c := os.environ.get("CASCADEFS_CONFIG")) else None))
+    found = load(given, os.environ, config)
     for note in found.notes:
         click.echo(f"cascadefs: warning: {note}", err=True)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -132,9 +133,12 @@ def mount(
     words = tuple(word for option in options for word in option.split(",") if word)
     passthrough = "false" if no_passthrough else None
     found = _settings(config, store=store, shm_size=shm_size, sync=sync, seal=seal, passthrough=passthrough)
+    path = mountinfo.resolve(mountpoint)
+    check_apart(path, *(mountinfo.resolve(folder) for folder in (found.settings.store, found.settings.shm_dir)))
+    device.check_mountpoint(path)  # first: a store below a dead mount cannot be looked at
     _prepare_store(found)
     daemon, keeper = _daemon()
-    wanted = daemon.Mounting(mountinfo.resolve(mountpoint), found, words, log_to_file=not foreground)
+    wanted = daemon.Mounting(path, found, words, log_to_file=not foreground)
     if foreground:
         daemon.start_log(wanted)
         sys.exit(keeper.keep(wanted, os.dup(1)))

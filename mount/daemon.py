@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 # Two READs: one for each reader thread. More only push each other out of the caches (4 MiB: 2 to 4 % more processor time).
 READ_AHEAD_KIB = 2 * LARGEST_SPLICED_READ >> 10
 ANSWER_S = 20
+LAST_CALL_S = 2  # after an unmount on a signal: so long who still uses the mount may take to finish
 CATCH_UP_S, HURRY_S = 0.01, 0.001
 UNMOUNTING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 QUIET_ROUNDS, DOZE_S = 10, 1.0  # without a request; then nothing is looked at for so long, or until one comes
@@ -91,6 +92,7 @@ class Daemon:
         self.passthrough, self.why_not = self._probe_passthrough(settings.passthrough)
         self.virtual = Virtual(self.store, wanted.configuration, self.facts)
         self.keeper_pid = os.getppid()
+        self._is_ending = False
 
     def _probe_passthrough(self, wanted: bool) -> tuple[bool, str]:
         """Whether the kernel will move the bytes, and if not, why."""
@@ -143,8 +145,10 @@ class Daemon:
         for note in self.store.database.notes:
             log.warning("index: %s", note)
         async with trio.open_nursery() as nursery:
+            if self.table.is_leaving:
+                nursery.start_soon(self._end_mount)
             nursery.start_soon(self.store.run)
-            nursery.start_soon(self._unmount_on_signal)
+            nursery.start_soon(self._unmount_on_signal, nursery)
             nursery.start_soon(self._report_when_it_answers, report)
             direct = not self.passthrough and kernel_release() >= DIRECT_WRITES_SINCE
             transport = self.session.transport
@@ -216,11 +220,25 @@ class Daemon:
             await trio.lowlevel.wait_readable(bell)
         return not slept.cancelled_caught
 
-    async def _unmount_on_signal(self) -> None:
+    async def _unmount_on_signal(self, nursery: trio.Nursery) -> None:
         with trio.open_signal_receiver(*UNMOUNTING) as signals:
             async for number in signals:
                 log.info("signal %d: unmounting", number)
-                await trio.to_thread.run_sync(lambda: device.unmount(self.wanted.mountpoint, lazy=True))
+                if not self._is_ending:
+                    nursery.start_soon(self._end_mount)
+
+    async def _end_mount(self) -> None:
+        """Whoever still has a file open, a bind mount or a namespace of its own cannot hold up the end: what they wrote is
+        flushed, then their files fail."""
+        self._is_ending = self.table.is_leaving = True
+        await trio.to_thread.run_sync(device.detach_all, self.device.number)
+        await trio.sleep(LAST_CALL_S)  # ends here when the kernel lets the mount go
+        log.warning("the mount is still in use; it is flushed and ended")
+        try:
+            await self.store.flush()
+        except OSError as e:
+            log.error("not everything could be flushed before the end: %s", e)
+        self.session.end()
 
     def _forget_the_kernel(self) -> None:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
@@ -283,7 +301,8 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
         worker = Daemon(wanted, claim_fd, Table(table_fd), kept)
         start_log(wanted)
         if kept is None:
-            socket.send_fds(door, [b"p" if worker.device.privileged else b"u"], [worker.device.fd])
+            kind = "p" if worker.device.privileged else "u"
+            socket.send_fds(door, [f"{kind}{worker.device.number}".encode()], [worker.device.fd])
         door.close()
         trio.run(worker.run, tell, strict_exception_groups=True)
     except UserError as e:

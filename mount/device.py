@@ -31,10 +31,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Device:
-    """An open FUSE connection. `privileged`: mounted by root of the machine, so passthrough may be possible."""
+    """An open FUSE connection. `privileged`: mounted by root of the machine, so passthrough may be possible. `number`: the
+    superblock, by which the mount is found also when its path has changed."""
 
     fd: int
     privileged: bool
+    number: str
 
 
 def kernel_release() -> tuple[int, ...]:
@@ -110,7 +112,7 @@ def _mount_directly(path: Path, options: Sequence[str], portable: bool) -> Devic
             data.append(option)
     kind = FILESYSTEM.encode()
     if _libc.mount(b"cascadefs", os.fsencode(path), kind, flags, ",".join(data).encode()) == 0:
-        return Device(fd, in_first_namespace())
+        return Device(fd, in_first_namespace(), number_at(path))
     code = ctypes.get_errno()
     os.close(fd)
     raise UserError(f"cannot mount at {path}: {os.strerror(code)}; check the options {','.join(options) or '(none)'}")
@@ -140,7 +142,21 @@ def _mount_by_helper(path: Path, options: Sequence[str]) -> Device:
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
         fds.frombytes(ancillary[0][2][: fds.itemsize])
     os.set_inheritable(fds[0], False)
-    return Device(fds[0], False)
+    return Device(fds[0], False, number_at(path))
+
+
+def number_at(path: Path) -> str:
+    """major:minor of what is mounted at `path`; empty: nothing is."""
+    found = mountinfo.topmost(path, mountinfo.read())
+    return found.device if found is not None else ""
+
+
+def detach_all(number: str) -> None:
+    """Take a mount of ours away wherever this namespace shows it, as far as we may; what is in use lives on without a path."""
+    for found in reversed(mountinfo.read()):
+        if found.is_ours and found.device == number:
+            with contextlib.suppress(UserError):
+                unmount(found.path, lazy=True)
 
 
 def unmount(path: Path, lazy: bool = False) -> None:

@@ -135,8 +135,8 @@ class Keeper:
             os.close(report)
         with ours:
             if self.device is None:
-                word, received, _, _ = socket.recv_fds(ours, 1, 1)
-                self.device = Device(received[0], word == b"p") if received else None
+                word, received, _, _ = socket.recv_fds(ours, 64, 1)
+                self.device = Device(received[0], word[:1] == b"p", word[1:].decode()) if received else None
                 if received:
                     daemon.start_log(self.wanted)
 
@@ -163,9 +163,12 @@ class Keeper:
         self._start(None)
 
     def _stop(self, number: int, frame: object) -> None:
-        """SIGTERM or SIGHUP to the keeper means the mount: a worker that finds it gone flushes and leaves."""
-        with contextlib.suppress(UserError):
-            device.unmount(self.wanted.mountpoint, lazy=True)
+        """SIGTERM or SIGHUP to the keeper means the mount: the worker unmounts, flushes and leaves, and so does the next one, should
+        this one die."""
+        self.table.is_leaving = True
+        if self.worker:  # 0: a child that has not yet arranged its own signals
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.worker, signal.SIGTERM)
 
     def _upgrade(self, number: int, frame: object) -> None:
         """Become the keeper of the code that is installed now, if it can be loaded; the worker serves meanwhile."""
@@ -195,6 +198,7 @@ class Keeper:
                 "origins": dict(configuration.origins),
                 "fds": [self.claim_fd, self.table.fd, self.device.fd],
                 "privileged": self.device.privileged,
+                "number": self.device.number,
                 "worker": self.worker,
                 "log_to_file": self.wanted.log_to_file,
             }
@@ -230,7 +234,8 @@ def _resume(document: dict[str, Any]) -> int:
     for fd in document["fds"]:
         os.set_inheritable(fd, False)
     daemon.start_log(wanted)
-    kept = Device(device_fd, bool(document["privileged"]))
+    number = document.get("number") or device.number_at(wanted.mountpoint)  # keepers before did not know it
+    kept = Device(device_fd, bool(document["privileged"]), number)
     return Keeper(wanted, claim_fd, Table(table_fd), kept, document["worker"]).run(None)
 
 

@@ -3,18 +3,23 @@
 Invariant: a mount that lives is not taken away before everything in it is durable.
 """
 
+import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import humanfriendly
 
 from cascadefs.errors import UserError
-from cascadefs.mount import asking, device
+from cascadefs.mount import asking, device, holders, mountinfo
+from cascadefs.mount.mountinfo import Mounted
 
+HOLD_S, HELD_S = 2, 6  # then who holds an unmounted mount is named; then they are not waited for any more
 EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
 DROP_MEMORY = "user.cascade.drop-memory"
 
@@ -77,25 +82,93 @@ def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--drop-memory", is_flag=True, help="Give the memory tier back; the next mount starts cold.")
-def umount(mountpoint: Path, drop_memory: bool) -> None:
+@click.option("--force", is_flag=True, help="End it for all who use it, here and in other namespaces; their files fail.")
+def umount(mountpoint: Path, drop_memory: bool, force: bool) -> None:
     """Flush, unmount, and wait until the daemon has left."""
-    path = asking.mountpoint(mountpoint)
-    try:
-        asking.check_alive(path)
-    except asking.DeadMount:
-        device.unmount(path, lazy=True)
-        click.echo(f"{path} was dead (its daemon was ended) and is cleared; what was closed is there at the next mount")
+    if force and mountinfo.resolve(mountpoint) not in {m.path for m in mountinfo.ours()}:
+        _force_elsewhere(mountinfo.resolve(mountpoint))
         return
-    before = asking.stats(path)
-    flush_all(path)
-    if drop_memory:
-        os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
-    device.unmount(path)
-    _wait_for_exit(before["worker_pid"], before["keeper_pid"])
+    found = asking.mount_of(mountpoint)
+    whole = asking.whole_of(found)
+    try:
+        asking.check_alive(found.path)
+        before = asking.stats(whole.path) if whole else None
+    except asking.DeadMount:
+        device.unmount(found.path, lazy=True)
+        click.echo(f"{found.path} was dead (its daemon has ended) and is cleared; what was closed is there at the next mount")
+        return
+    except asking.SilentMount:
+        if not force:
+            raise
+        _kill(found)
+        return
+    if whole is None or before is None:  # a folder of it, whose whole mount is elsewhere: others' to flush
+        _unmount(found.path)
+    else:
+        _leave(found, whole.path, before, drop_memory, force)
+
+
+def _leave(found: Mounted, whole: Path, before: dict[str, Any], drop_memory: bool, force: bool) -> None:
+    """A mount that lives. What shows it at another path here goes on; without such a path the daemon leaves."""
+    flush_all(whole)
+    if force:
+        _drop_if(drop_memory, whole)
+        _end(before)
+    elif others := [str(m.path) for m in mountinfo.ours() if m.device == found.device and m.path != found.path]:
+        _unmount(found.path)
+        click.echo(f"{found.path} is unmounted, everything is durable; the store stays mounted at {', '.join(others)}")
+        return
+    else:
+        _drop_if(drop_memory, whole)
+        _unmount(found.path)
+        _wait_for_exit(found, before["worker_pid"], before["keeper_pid"])
     kept = before["tiers"]["shm"]["used_bytes"]
     if kept and not drop_memory:
         size = humanfriendly.format_size(kept, binary=True)
         click.echo(f"unmounted; about {size} stay in memory for the next mount (--drop-memory gives them back)")
+
+
+def _drop_if(drop_memory: bool, path: Path) -> None:
+    if drop_memory:
+        os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
+
+
+def _unmount(path: Path) -> None:
+    """UserError names who uses it."""
+    try:
+        device.unmount(path)
+    except UserError as e:
+        users = holders.users(path)
+        raise UserError(f"{e}; used by {holders.named(users)}" if users else str(e)) from e
+
+
+def _end(before: dict[str, Any]) -> None:
+    """The keeper flushes and ends the mount, whoever uses it."""
+    pids = [pid for pid in (before["keeper_pid"], before["worker_pid"]) if pid]
+    os.kill(pids[0], signal.SIGTERM)
+    _wait_for_exit(None, *pids)
+
+
+def _force_elsewhere(path: Path) -> None:
+    """End a mount that only other namespaces show, named by its mountpoint or its store."""
+    for holder, _ in holders.everywhere():
+        with contextlib.suppress(UserError):
+            before = asking.stats(Path(f"/proc/{holder.pid}/root{holder.path}"))
+            if str(path) in (before["mountpoint"], before["store"]):
+                _end(before)
+                click.echo("flushed and ended; programs that used it in other namespaces get errors")
+                return
+    raise UserError(f"no cascadefs is mounted at {path}, and none of other namespaces comes from there")
+
+
+def _kill(found: Mounted) -> None:
+    """A daemon that does not answer cannot be asked to flush: what is in memory stays there for the next mount."""
+    for pid in holders.daemons(found.device):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        Path(f"/sys/fs/fuse/connections/{found.device.partition(':')[2]}/abort").write_text("1")
+    device.detach_all(found.device)
+    click.echo(f"{found.path} did not answer; its daemon was killed. What was closed is there at the next mount")
 
 
 def is_running(pid: int) -> bool:
@@ -106,11 +179,25 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def _wait_for_exit(*pids: int | None) -> None:
-    end = time.monotonic() + EXIT_S
+def _wait_for_exit(found: Mounted | None, *pids: int | None) -> None:
+    """UserError when others hold the unmounted `found`, or it takes too long."""
+    start = time.monotonic()
+    look_at, told = start + HOLD_S, False
     while still := [pid for pid in pids if pid and is_running(pid)]:
-        if time.monotonic() > end:
-            raise UserError(f"unmounted, but the daemon (process {still[0]}) is still flushing; it ends by itself")
+        now = time.monotonic()
+        if found is not None and now > look_at:
+            look_at = now + HOLD_S
+            others = [h for h in holders.elsewhere(found.device) if h.pid not in pids]
+            if others and not told:
+                click.echo(f"cascadefs: waiting for other mount namespaces: {holders.named(others)}", err=True)
+                told = True
+            elif others and now > start + HELD_S:
+                raise UserError(
+                    f"{found.path} is unmounted here and everything is durable, but the store stays in use: other mount "
+                    f"namespaces hold it ({holders.named(others)}); end them, or: cascadefs umount --force {found.path}"
+                )
+        if now > start + EXIT_S:
+            raise UserError(f"unmounted, but the daemon (process {still[0]}) has not left yet; see cascadefs.log in the store")
         time.sleep(0.01)
 
 

@@ -1,7 +1,7 @@
 """One FUSE connection from INIT to unmount: pyfuse3 behind our transport.
 
 Owns: the socket pair, the transport and its threads. Does not know what the operations do. Invariants:
-(1) The session ends when the kernel ends the connection, and only then; the device is closed last.
+(1) The session ends when the kernel ends the connection, or by end(); the device is closed last.
 (2) pyfuse3 is unmodified: it believes that its end of the socket pair is /dev/fuse (libfuse's "/dev/fd/N").
 (3) Answers are taken out of the socket pair after each handler (guard.py) and before trio waits: it is never full, so
     pyfuse3, which writes to it in the trio thread, never blocks.
@@ -103,6 +103,10 @@ class Session:
             log.error("the FUSE device failed: %s", e)
         with contextlib.suppress(trio.RunFinishedError):
             token.run_sync_soon(self._terminate)
+
+    def end(self) -> None:
+        """As if the mount were gone, though others hold it: what they ask from now on is answered when the device is closed."""
+        self._terminate()
 
     def _terminate(self) -> None:
         """Each reader says that the mount is gone; the second one may come when libfuse's session is no more."""

@@ -31,6 +31,7 @@ _OPERATION = struct.Struct("<QQQ")  # request, its number, inode whose row will 
 _KEY = struct.Struct("<Q")
 _BACKING = struct.Struct("<i")
 REFUSALS_AT = _HEAD.size
+LEAVING_AT = REFUSALS_AT + _KEY.size
 INIT_AT = 64
 EVENTS_AT = 4096
 HANDLES_AT = EVENTS_AT + EVENT_RING_BYTES
@@ -100,12 +101,21 @@ class Table:
 
     @property
     def refusals(self) -> int:
-        """Upgrades that the keeper has refused; the one field that it writes while a worker runs."""
+        """Upgrades that the keeper has refused; a field that it writes while a worker runs."""
         return int(_KEY.unpack_from(self._memory, REFUSALS_AT)[0])
 
     @refusals.setter
     def refusals(self, count: int) -> None:
         _KEY.pack_into(self._memory, REFUSALS_AT, count)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether somebody has asked the mount to end: the next worker goes on with that."""
+        return bool(_KEY.unpack_from(self._memory, LEAVING_AT)[0])
+
+    @is_leaving.setter
+    def is_leaving(self, leaving: bool) -> None:
+        _KEY.pack_into(self._memory, LEAVING_AT, leaving)
 
     @property
     def init_request(self) -> bytes:

@@ -48,3 +48,27 @@ def test_a_broken_or_missing_file_is_said(tmp_path):
     for name, word in (("bad.toml", "TOML"), ("none.toml", "cannot read")):
         with pytest.raises(ConfigError, match=word):
             config.load({}, {}, tmp_path / name)
+
+
+def test_folders_are_the_callers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    file = tmp_path / "c.toml"
+    file.write_text('shm_dir = "~/shm"\n')
+    for flags, environ in (({"store": "a/../kv"}, {}), ({}, {"CASCADEFS_STORE": "kv"})):
+        found = config.load(flags, environ, file).settings
+        assert (str(found.store), str(found.shm_dir)) == (str(tmp_path / "kv"), "/home/somebody/shm")
+    monkeypatch.chdir("/")
+    assert str(found.store) == str(tmp_path / "kv")
+    assert config.load({}, {"CASCADEFS_CONFIG": str(file)}, None).origins["shm_dir"] == "file"
+    for wrong in ("", "~nobody-of-this-name/x"):
+        with pytest.raises(ConfigError, match="write"):
+            config.load({"store": wrong}, {}, None)
+
+
+def test_a_relative_folder_without_a_working_folder_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="absolute"):
+        config.load({"store": "kv"}, {}, None)

@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import CASCADEFS, cascadefs, need_root_and_fuse
 
-from cascadefs.mount import asking, mountinfo
+from cascadefs.mount import asking, holders, mountinfo
 from cascadefs.mount.leaving import is_running
 
 
@@ -141,3 +142,173 @@ def test_an_ordinary_user_clears_a_dead_mount(tmp_path):
 def pids_as_nobody(run, path):
     status = json.loads(run("status", path, "--json").stdout)
     return status["keeper_pid"], status["worker_pid"]
+
+
+# --- others hold it
+
+
+@pytest.fixture
+def in_namespace(mount):
+    """A process in a mount namespace of its own that keeps what was mounted when it began."""
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 300"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def wait_until_free(mount):
+    """The store's lock is given back when the keeper ends."""
+    end = time.monotonic() + 60
+    while not (mount.store / "cascadefs.log").read_text().rstrip().endswith("the daemon leaves"):
+        assert time.monotonic() < end, "the daemon does not leave"
+        time.sleep(0.05)
+
+
+def is_kept(mount):
+    """After the loss of all memory, too."""
+    mount.wipe_memory()
+    mount.start()
+    assert (mount.path / "f").read_bytes() == b"kept" * 1000
+    assert "Traceback" not in (mount.store / "cascadefs.log").read_text()
+
+
+def test_umount_names_the_namespace_that_holds_the_mount_and_force_ends_it(mount, in_namespace):
+    done = cascadefs("umount", mount.path)
+    waiting, refusal = done.stderr.splitlines()
+    assert done.returncode == 1 and "waiting" in waiting and "durable" in refusal
+    assert f"process {in_namespace.pid} (sleep) at {mount.path}" in refusal
+    assert "in use by a live mount" in one_line("mount", mount.path, "--store", mount.store)[1]
+    done = cascadefs("umount", "--force", mount.path)
+    assert done.returncode == 0, done.stderr
+    is_kept(mount)
+
+
+def test_umount_waits_no_longer_than_the_namespace_lives(mount, in_namespace):
+    threading.Timer(3, in_namespace.kill).start()
+    done = cascadefs("umount", mount.path)
+    assert done.returncode == 0, done.stderr
+    is_kept(mount)
+
+
+def test_sigterm_ends_a_mount_that_a_namespace_holds(mount, in_namespace):
+    os.kill(mount.status()["keeper_pid"], signal.SIGTERM)
+    wait_until_free(mount)
+    is_kept(mount)
+
+
+@pytest.mark.parametrize("to", ["keeper_pid", "worker_pid"])
+def test_sigterm_ends_a_mount_whose_parent_was_renamed(mount, tmp_path, to):
+    mount.path = tmp_path / "parent/mnt"
+    mount.path.parent.mkdir()
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    pid = mount.status()[to]
+    mount.path.parent.rename(tmp_path / "elsewhere")
+    os.kill(pid, signal.SIGTERM)
+    wait_until_free(mount)
+    assert not os.path.ismount(tmp_path / "elsewhere/mnt")
+    is_kept(mount)
+
+
+@pytest.mark.parametrize("to", ["keeper_pid", "worker_pid"])
+def test_sigterm_after_a_lazy_umount_with_a_file_open(mount, to):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    pid = mount.status()[to]
+    with open(mount.path / "g", "wb", buffering=0) as file:
+        file.write(b"written")
+        subprocess.run(["umount", "-l", mount.path], check=True)
+        os.kill(pid, signal.SIGTERM)
+        wait_until_free(mount)
+    is_kept(mount)
+    assert (mount.path / "g").read_bytes() == b"written"
+
+
+def test_umount_of_a_bind_mount_leaves_the_mount(mount, tmp_path):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    (mount.path / "sub").mkdir()
+    for name, source in (("whole", mount.path), ("part", mount.path / "sub")):
+        (tmp_path / name).mkdir()
+        subprocess.run(["mount", "--bind", source, tmp_path / name], check=True)
+        assert cascadefs("status", tmp_path / name).returncode == 0
+        code, line = one_line("umount", tmp_path / name)
+        assert code == 0 and str(mount.path) in line
+        assert not os.path.ismount(tmp_path / name) and (mount.path / "f").exists()
+    subprocess.run(["mount", "--bind", mount.path, tmp_path / "whole"], check=True)
+    code, line = one_line("umount", mount.path)
+    assert code == 0 and str(tmp_path / "whole") in line and not os.path.ismount(mount.path)
+    assert cascadefs("umount", tmp_path / "whole").returncode == 0
+    is_kept(mount)
+
+
+def test_umount_names_who_uses_it_and_force_ends_it(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    process = subprocess.Popen(["sleep", "300"], cwd=mount.path)
+    try:
+        code, line = one_line("umount", mount.path)
+        assert code == 1 and f"process {process.pid} (sleep) at {mount.path}" in line
+        assert os.path.ismount(mount.path)
+        done = cascadefs("umount", "--force", mount.path)
+        assert done.returncode == 0, done.stderr
+    finally:
+        process.kill()
+        process.wait()
+    is_kept(mount)
+
+
+def test_force_ends_a_daemon_that_hangs(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(b"kept" * 1000)
+    mount.flush()
+    status = mount.status()
+    for pid in (status["keeper_pid"], status["worker_pid"]):
+        os.kill(pid, signal.SIGSTOP)
+    if not holders.daemons(mountinfo.topmost(mount.path, mountinfo.read()).device):
+        for pid in (status["worker_pid"], status["keeper_pid"]):
+            os.kill(pid, signal.SIGCONT)
+        pytest.skip("this kernel does not tell whose a FUSE device is")
+    code, line = one_line("umount", "--force", mount.path)
+    assert code == 0 and "did not answer" in line
+    is_kept(mount)
+
+
+# --- what a mount is made of
+
+
+def test_a_mount_over_or_in_its_own_folders_is_refused_and_nothing_is_made(tmp_path):
+    need_root_and_fuse()
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    (tmp_path / "link").symlink_to(mnt)
+    for store in (mnt, mnt / "s", tmp_path / "link", tmp_path / "link/s", f"{tmp_path}/./link//s/"):
+        for path in (mnt, tmp_path / "link"):
+            code, line = one_line("mount", path, "--store", store)
+            assert code == 1 and "the store" in line
+    code, line = one_line("mount", tmp_path / "s/mnt", "--store", tmp_path / "s")
+    assert code == 1 and "lies in the store" in line and not (tmp_path / "s").exists()
+    code, line = one_line("mount", mnt, "--store", tmp_path / "s", env={"CASCADEFS_SHM_DIR": str(mnt / "shm")})
+    assert code == 1 and "memory tier" in line and not (tmp_path / "s").exists()
+    assert os.listdir(mnt) == []
+
+
+def test_a_relative_store_is_the_callers(mount, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mount.store = tmp_path / "store"
+    for words, env in ((("--store", "store"), {}), ((), {"CASCADEFS_STORE": "store"}), ((), {"CASCADEFS_STORE": "~/store"})):
+        env |= {"HOME": str(tmp_path)}
+        done = cascadefs("mount", mount.path, *words, *mount.options, env=env)
+        assert done.returncode == 0, done.stderr
+        assert mount.status()["store"] == str(tmp_path / "store")
+        mount.stop()
+    (tmp_path / "toml").write_text('store = "~/store"\n')
+    done = cascadefs("mount", mount.path, "--config", "toml", *mount.options, env={"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    mount.stop()
+    assert cascadefs("fsck", "store").returncode == 0

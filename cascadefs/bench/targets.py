@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from cascadefs.bench.io import GIB, MIB, Place
+from cascadefs.config import absolute
 from cascadefs.errors import UserError
 
 SHM, HUGE, CASCADE, PORTABLE, EXAMPLE = "shm", "huge", "cascadefs", "portable", "example"
@@ -96,7 +97,7 @@ def memory_tier_bytes(available: int) -> int:
 def default_store_base() -> Path:
     """Beside the default store, so that the same disk is used; else /var/tmp: a disk, where /tmp may be memory."""
     store = os.environ.get("CASCADEFS_STORE")
-    return Path(store).absolute().parent if store else Path("/var/tmp")
+    return absolute(store).parent if store else Path("/var/tmp")
 
 
 def find_cli() -> tuple[str, ...] | None:
