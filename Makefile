@@ -1,4 +1,4 @@
-# make mount | umount | build | test | torture | soak | test-clients | lint | bench | bench-deps | clean
+# make mount | umount | build | install | uninstall | test | torture | soak | test-clients | lint | bench | bench-deps | clean
 # Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
@@ -25,7 +25,7 @@ RACES ?= 120
 JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build test torture soak test-clients lint bench bench-deps system judges clean
+.PHONY: mount umount build install uninstall test torture soak test-clients lint bench bench-deps system judges clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -65,6 +65,20 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.python | system
 $(VENV)/.dev: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# mount(8) and /etc/fstab look for mount.TYPE in /sbin only, whatever PREFIX is.
+DESTDIR ?=
+PREFIX ?= /usr/local
+MOUNT_HELPERS ?= /sbin
+
+install: build
+	@install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(MOUNT_HELPERS)"
+	@ln -sfn "$(CURDIR)/$(VENV)/bin/cascadefs" "$(DESTDIR)$(PREFIX)/bin/cascadefs"
+	@ln -sfn "$(CURDIR)/$(VENV)/bin/mount.cascadefs" "$(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs"
+	@echo "installed: $(DESTDIR)$(PREFIX)/bin/cascadefs and $(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs, which use $(CURDIR)/$(VENV)"
+
+uninstall:
+	rm -f "$(DESTDIR)$(PREFIX)/bin/cascadefs" "$(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs"
 
 test: $(VENV)/.dev | judges
 	$(PY) -m pytest

@@ -32,7 +32,7 @@ def _size(text: str) -> int:
 
 
 def absolute(text: str) -> Path:
-    """A folder as the caller means it: `~` is a home, a relative one begins in the working folder of now. The daemon has another."""
+    """A folder as the caller means it: `~` is a home, a relative one begins in the working folder. The daemon has another."""
     home = os.path.expanduser(text)
     if not text or home.startswith("~"):
         raise ValueError("write a folder" if not text else "that home folder is not known; write an absolute path")

@@ -21,10 +21,12 @@ import humanfriendly
 from cascadefs.config import Configuration, Settings, load
 from cascadefs.errors import ConfigError, UserError
 from cascadefs.mount import asking, device, mountinfo
+from cascadefs.mount.options import Options, parse, parse_helper
 from cascadefs.mount.places import check_apart
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
+USAGE, MOUNT_FAILED = 1, 32  # exit codes of mount(8)
 # Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
 # For the same reason rich is imported where something is drawn.
 ELSEWHERE = {
@@ -117,7 +119,7 @@ def _settings(config: Path | None, **flags: object) -> Configuration:
 @click.option("--sync", type=click.Choice(["fsync", "close"]), help="close: data are durable when close() returns, too.")
 @click.option("--seal", type=click.Choice(["auto", "flush"]), help="flush: hash and store only when flush or fsync asks.")
 @click.option("--no-passthrough", is_flag=True, help="Do not let the kernel move the bytes (the portable path).")
-@click.option("-o", "options", multiple=True, metavar="FUSE_OPTIONS", help="Mount options, separated by commas.")
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="As in /etc/fstab; settings, too (shm_size=8GiB).")
 def mount(
     mountpoint: Path,
     store: str | None,
@@ -130,19 +132,32 @@ def mount(
     options: tuple[str, ...],
 ) -> None:
     """Mount a store at MOUNTPOINT (made when missing). Returns when the mount answers."""
-    words = tuple(word for option in options for word in option.split(",") if word)
     passthrough = "false" if no_passthrough else None
-    found = _settings(config, store=store, shm_size=shm_size, sync=sync, seal=seal, passthrough=passthrough)
+    flags = {"store": store, "shm_size": shm_size, "sync": sync, "seal": seal, "passthrough": passthrough}
+    given = parse(options)
     path = mountinfo.resolve(mountpoint)
+    if "remount" in given.flags:
+        _remount(path, given)
+        return
+    found = _settings(config, **given.settings | {name: value for name, value in flags.items() if value is not None})
     check_apart(path, *(mountinfo.resolve(folder) for folder in (found.settings.store, found.settings.shm_dir)))
     device.check_mountpoint(path)  # first: a store below a dead mount cannot be looked at
     _prepare_store(found)
     daemon, keeper = _daemon()
-    wanted = daemon.Mounting(path, found, words, log_to_file=not foreground)
+    wanted = daemon.Mounting(path, found, given.words, log_to_file=not foreground)
     if foreground:
         daemon.start_log(wanted)
         sys.exit(keeper.keep(wanted, os.dup(1)))
     click.echo(keeper.in_background(wanted))
+
+
+def _remount(path: Path, given: Options) -> None:
+    """Only what the kernel keeps can change while a mount lives; settings may be named (as /etc/fstab does), not changed."""
+    shown = json.loads(asking.ask(path, (asking.mountpoint(path) / ".cascade/config").read_bytes))
+    wanted = load(given.settings, {}, None).settings
+    if changed := [name for name in given.settings if str(getattr(wanted, name)) != shown[name]["value"]]:
+        raise UserError(f"{', '.join(changed)} cannot be changed on a live mount; unmount it and mount it again")
+    device.remount(path, given)
 
 
 def _prepare_store(found: Configuration) -> None:
@@ -267,18 +282,22 @@ def show(file: Path | None, as_json: bool) -> None:
 
 def mount_helper() -> None:
     """mount.cascadefs STORE MOUNTPOINT [-o options]: what mount(8) and /etc/fstab call."""
-    words, options, rest = sys.argv[1:], [], list[str]()
-    while words:
-        word = words.pop(0)
-        if word == "-o" and words:
-            options.append(words.pop(0))
-        elif not word.startswith("-"):
-            rest.append(word)
-    if len(rest) != 2:
-        click.echo("usage: mount.cascadefs STORE MOUNTPOINT [-o options]", err=True)
-        sys.exit(1)
-    arguments = ["mount", rest[1], *(["--store", rest[0]] if rest[0] not in ("cascadefs", "none") else [])]
-    main([*arguments, *(item for option in options for item in ("-o", option))])
+    try:
+        asked = parse_helper(sys.argv[1:])
+        options = parse(asked.options, asked.sloppy)
+    except UserError as e:
+        click.echo(f"mount.cascadefs: {e}", err=True)
+        sys.exit(USAGE)
+    if asked.fake:
+        return
+    store = [] if asked.store in ("cascadefs", "none") else ["--store", asked.store]
+    settings = [f'{name}="{value}"' for name, value in options.settings.items()]
+    given = [word for option in (*options.words, *settings) for word in ("-o", option)]
+    try:
+        main(["mount", *store, *given, "--", asked.mountpoint])
+    except SystemExit as e:
+        soft = options.fails_softly and "remount" not in options.flags
+        sys.exit(0 if soft or not e.code else MOUNT_FAILED)
 
 
 if __name__ == "__main__":

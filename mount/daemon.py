@@ -78,9 +78,10 @@ class Daemon:
             table.first_ino = self.store.namespace.first_ino
         try:
             if kept is None:
+                table.made_mountpoint = not wanted.mountpoint.exists()
                 wanted.mountpoint.mkdir(parents=True, exist_ok=True)
             portable = not settings.passthrough or kernel_release() < PASSTHROUGH_SINCE or not device.in_first_namespace()
-            self.device = kept or device.mount(wanted.mountpoint, wanted.options, portable)
+            self.device = kept or device.mount(wanted.mountpoint, str(settings.store), wanted.options, portable)
             self.session = Session(self.device, settings.passthrough, table, self.store.ring.memory)
         except BaseException as e:
             if not self.store.residency.memory.objects:

@@ -19,9 +19,10 @@ from cascadefs.errors import UserError
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 from cascadefs.mount import asking, mountinfo
 from cascadefs.mount.mountinfo import FILESYSTEM
+from cascadefs.mount.options import FLAGS, Options, parse
 
-FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024, "nodiratime": 2048}
-ABSENT_FLAGS = {"rw", "suid", "dev", "exec", "async", "atime", "defaults", "auto", "noauto", "user", "nouser", "_netdev"}
+# Of an ordinary user's flags those that fusermount3 of all versions takes; reading moves no atime here anyway.
+USERS_FLAGS = {"ro", "nosuid", "nodev", "noexec", "sync", "dirsync", "noatime"}
 OURS = {"default_permissions", "allow_other"}  # always set where they can be
 MNT_DETACH = 2
 FIRST_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of include/uapi/linux/nsfs.h, linux/proc_ns.h before
@@ -92,39 +93,47 @@ def clear_dead(path: Path) -> bool:
     return cleared > 0
 
 
-def mount(path: Path, options: Sequence[str], portable: bool) -> Device:
-    """Mount a new FUSE connection at `path`. `portable`: it is certain that the kernel will not serve reads by itself."""
+def mount(path: Path, source: str, options: Sequence[str], portable: bool) -> Device:
+    """Mount a new FUSE connection at `path`, shown as from `source`. `portable`: it is certain that the kernel will not serve
+    reads by itself."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise UserError("/dev/fuse is missing or closed to you; load the kernel module: modprobe fuse")
-    return _mount_directly(path, options, portable) if may_mount() else _mount_by_helper(path, options)
+    given = parse(options)
+    return _mount_directly(path, source, given, portable) if may_mount() else _mount_by_helper(path, source, given)
 
 
-def _mount_directly(path: Path, options: Sequence[str], portable: bool) -> Device:
+def remount(path: Path, options: Options) -> None:
+    """Change the flags of the live mount at `path`. UserError."""
+    if not may_mount():
+        raise UserError(f"only root can remount {path}; unmount it and mount it with other options")
+    if _libc.mount(None, os.fsencode(path), None, options.mask, None):
+        raise UserError(f"cannot remount {path}: {os.strerror(ctypes.get_errno())}; unmount it and mount it again")
+
+
+def _mount_directly(path: Path, source: str, options: Options, portable: bool) -> Device:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    flags = FLAGS["nosuid"] | FLAGS["nodev"] if os.geteuid() else 0
+    flags = options.mask | (FLAGS["nosuid"] | FLAGS["nodev"] if os.geteuid() else 0)
     data = [f"fd={fd}", "rootmode=40000", f"user_id={os.geteuid()}", f"group_id={os.getegid()}", *sorted(OURS)]
     if portable:
         data.append(f"max_read={LARGEST_SPLICED_READ}")
-    for option in options:
-        if option in FLAGS:
-            flags |= FLAGS[option]
-        elif option not in ABSENT_FLAGS | OURS:
-            data.append(option)
+    data += [word for word in options.data if word not in OURS]
     kind = FILESYSTEM.encode()
-    if _libc.mount(b"cascadefs", os.fsencode(path), kind, flags, ",".join(data).encode()) == 0:
+    if _libc.mount(os.fsencode(source), os.fsencode(path), kind, flags, ",".join(data).encode()) == 0:
         return Device(fd, in_first_namespace(), number_at(path))
     code = ctypes.get_errno()
     os.close(fd)
-    raise UserError(f"cannot mount at {path}: {os.strerror(code)}; check the options {','.join(options) or '(none)'}")
+    raise UserError(f"cannot mount at {path}: {os.strerror(code)}; check the options {','.join(options.words) or '(none)'}")
 
 
-def _mount_by_helper(path: Path, options: Sequence[str]) -> Device:
+def _mount_by_helper(path: Path, source: str, options: Options) -> Device:
     """fusermount3 hands the descriptor over a socket (its documented _FUSE_COMMFD protocol)."""
     helper = shutil.which("fusermount3")
     if helper is None:
         raise UserError("not root and fusermount3 is missing; run: sudo apt-get install -y fuse3")
-    given = [option for option in options if option not in ABSENT_FLAGS | {"default_permissions"}]
-    words = ["default_permissions", f"max_read={UNPRIVILEGED_READ}", "fsname=cascadefs", "subtype=cascadefs", *given]
+    given = [flag for flag in options.flags if flag in USERS_FLAGS]
+    given += [word for word in options.data if word != "default_permissions"]
+    name = re.sub(r"([\\,])", r"\\\1", source)
+    words = ["default_permissions", f"max_read={UNPRIVILEGED_READ}", f"fsname={name}", "subtype=cascadefs", *given]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         done = subprocess.run(

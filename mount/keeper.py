@@ -99,10 +99,10 @@ class Keeper:
             self._replace()
         while True:
             death = self._wait()
-            if os.waitstatus_to_exitcode(death.status) == 0:
-                return 0
-            if self.device is None:
-                return 1
+            ended = os.waitstatus_to_exitcode(death.status) == 0
+            if ended or self.device is None:
+                self._remove_mountpoint()
+                return 0 if ended else 1
             self._deaths = [*self._deaths[-KILLS_MAX:], death]
             pause = plan_restart(self._deaths) if kernel_release() >= RESEND_SINCE else None
             if pause is None:
@@ -120,6 +120,12 @@ class Keeper:
         if self.wanted.log_to_file or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps a foreground mount
             signal.signal(signal.SIGHUP, self._stop)
         signal.signal(UPGRADE_SIGNAL, self._upgrade)
+
+    def _remove_mountpoint(self) -> None:
+        """One that we made, and only if it is empty: programs that go on writing fail, and do not fill the disk below."""
+        if self.table.made_mountpoint:
+            with contextlib.suppress(OSError):
+                self.wanted.mountpoint.rmdir()
 
     def _start(self, report: int | None) -> None:
         """The next worker. The first one mounts and hands the device over."""
@@ -163,8 +169,8 @@ class Keeper:
         self._start(None)
 
     def _stop(self, number: int, frame: object) -> None:
-        """SIGTERM or SIGHUP to the keeper means the mount: the worker unmounts, flushes and leaves, and so does the next one, should
-        this one die."""
+        """SIGTERM or SIGHUP to the keeper means the mount: the worker unmounts, flushes and leaves, and so does the next
+        one, should this one die."""
         self.table.is_leaving = True
         if self.worker:  # 0: a child that has not yet arranged its own signals
             with contextlib.suppress(ProcessLookupError):

@@ -32,6 +32,7 @@ _KEY = struct.Struct("<Q")
 _BACKING = struct.Struct("<i")
 REFUSALS_AT = _HEAD.size
 LEAVING_AT = REFUSALS_AT + _KEY.size
+MADE_AT = LEAVING_AT + _KEY.size
 INIT_AT = 64
 EVENTS_AT = 4096
 HANDLES_AT = EVENTS_AT + EVENT_RING_BYTES
@@ -116,6 +117,15 @@ class Table:
     @is_leaving.setter
     def is_leaving(self, leaving: bool) -> None:
         _KEY.pack_into(self._memory, LEAVING_AT, leaving)
+
+    @property
+    def made_mountpoint(self) -> bool:
+        """Whether the folder below the mount was made by us: the keeper takes it away in the end."""
+        return bool(_KEY.unpack_from(self._memory, MADE_AT)[0])
+
+    @made_mountpoint.setter
+    def made_mountpoint(self, made: bool) -> None:
+        _KEY.pack_into(self._memory, MADE_AT, made)
 
     @property
     def init_request(self) -> bytes:

@@ -312,3 +312,15 @@ def test_a_relative_store_is_the_callers(mount, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     mount.stop()
     assert cascadefs("fsck", "store").returncode == 0
+
+
+def test_a_mountpoint_that_was_made_goes_and_one_that_was_there_stays(mount):
+    for was_there in (False, True):
+        if was_there:
+            mount.path.mkdir()
+        mount.start()
+        mount.kill_worker()  # the next one did not make it
+        mount.stop()
+        assert mount.path.exists() == was_there
+    assert "cannot" in one_line("mount", mount.path / "new", "--store", mount.store, "-o", "max_read=x")[1]
+    assert not (mount.path / "new").exists()
