@@ -9,6 +9,7 @@ Owns: the queue of those who wait. The file stays staged; what is durable become
 """
 
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,9 +29,14 @@ from cascadefs.manifest import Listed, encode
 from cascadefs.record import record_bytes
 from cascadefs.sealing import DOMAIN_BITS, Content, Sealer
 from cascadefs.tiers.capture import Capture, Subject
-from cascadefs.types import Home, Location, Print
+from cascadefs.types import Home, Inode, Location, Print
 
 FILES, BYTES = 64, 16 << 20  # of one append, unless a single file is longer: those who come later wait for it
+# A large file that is synced again and again: blocks of its own length, so that little is written for little that changed.
+# From the fourth sync on: the first with them writes all of it anew, as sealing does that gives it the usual ones. The more
+# blocks, the more rows each sync changes.
+PARTS, BLOCKS_MAX, SYNCS = 16, 1024, 3
+DEAD_BYTES = 64 << 20  # of records that wait to be punched
 INLINE_BYTES = 64 << 10  # read and hashed in 15 us, in which no thread would begin
 
 
@@ -55,7 +61,8 @@ class _Open:
     def listed(self) -> Listed:
         """What was read, as an object; its digest is another one only if an object of that digest has other bytes."""
         prints = [fingerprint for fingerprint, _ in self.subject.prints]
-        return Listed(digest_of(self.subject.size_bytes, prints, self.domain << DOMAIN_BITS), self.subject.size_bytes, prints)
+        size_bytes = self.subject.size_bytes
+        return Listed(digest_of(size_bytes, prints, self.domain << DOMAIN_BITS), size_bytes, prints, self.subject.step)
 
 
 class _Document:
@@ -182,7 +189,17 @@ class Fsyncs:
         is_near = inode.home == Home.MEMORY
         found = os.fstat(fd)
         times = found.st_mtime_ns, changed_ns(inode, found.st_mtime_ns)
-        return [_Open(ino, domain, is_near, Subject(fd, found.st_size, not domain, places), times)]
+        step = self._step(inode, found.st_size)
+        is_known = step > 0 and is_near and found.st_blocks * 512 >= found.st_size  # a mapping fills holes when it is read
+        return [_Open(ino, domain, is_near, Subject(fd, found.st_size, not domain, places, step, is_known), times)]
+
+    def _step(self, inode: Inode, size_bytes: int) -> int:
+        """Length of its blocks; 0: the usual one."""
+        index = self._files.index
+        small, live = index.block_bytes // PARTS, self._files.live.get(inode.ino)
+        often = live is not None and live.syncs >= SYNCS
+        shares = self._sealer.domain(inode) == 0  # else no two versions share a block
+        return small if often and shares and index.block_bytes < size_bytes <= BLOCKS_MAX * small else 0
 
     async def _write(self, opened: Sequence[_Open], taken: Taken) -> set[int] | None:
         """None: the index is not any more as it was when it was asked what lacks a place."""
@@ -206,8 +223,14 @@ class Fsyncs:
         if durable is not None:
             point("durable")
             await self._extent.seal_if_full(number, end)
-            self._files.wake()
+            self._leave_turn()
         return durable
+
+    def _leave_turn(self) -> None:
+        """Background work waits for a pause in the syncs, too, unless much is to be punched: it would hold the extent."""
+        if sum(at.length for at in self._files.dead) < DEAD_BYTES:
+            self._files.last_use = time.monotonic()
+        self._files.wake()
 
     async def _append(self, opened: Sequence[_Open], number: int, position: int, document: _Document) -> int:
         files, subjects = self._files, [one.subject for one in opened]
@@ -258,3 +281,5 @@ class Fsyncs:
         """What the inode falls back to has the size and times that its file has now."""
         now = self._files.attributes(ino)
         self._files.namespace.update(ino, size=now.size, mtime_ns=now.mtime_ns, ctime_ns=now.ctime_ns)
+        if (live := self._files.live.get(ino)) is not None:
+            live.syncs = live.syncs + 1 if live.writers else 0

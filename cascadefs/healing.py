@@ -85,10 +85,10 @@ class Healer:
         assert block.location is not None
         for at in [block.location, *self._index.doubles(block)]:
             _open(found, str(self._cold.path(at.extent)), at.offset + HEADER_BYTES)
-        for digest, seq in self._index.holders(block.bid, HOLDERS):
+        for digest, offset in self._index.holders(block.bid, HOLDERS):
             for tier in self._tiers:
                 if digest in tier.objects:
-                    _open(found, tier.object_path(digest), seq * self._index.block_bytes)
+                    _open(found, tier.object_path(digest), offset)
         return found
 
     def _flipped(self, block: Block) -> Piece | None:

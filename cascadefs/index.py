@@ -12,6 +12,7 @@ Owns: tables objects, object_blocks, blocks, extents and the content columns of 
 import sqlite3
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import xxhash
@@ -126,10 +127,17 @@ class Index:
         return Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) if r else None
 
     def holders(self, bid: int, limit: int = 4) -> list[tuple[bytes, int]]:
-        """(digest, place in the object) of some objects that contain a block."""
+        """(digest, offset in the object) of some objects that contain a block."""
+        first = "SELECT length FROM object_blocks f JOIN blocks g ON g.bid=f.bid WHERE f.oid=b.oid AND f.seq=0"
         return self._db.execute(
-            "SELECT digest, seq FROM object_blocks b JOIN objects o ON o.oid=b.oid WHERE bid=? LIMIT ?", (bid, limit)
+            f"SELECT digest, seq * ({first}) FROM object_blocks b JOIN objects o ON o.oid=b.oid WHERE bid=? LIMIT ?",
+            (bid, limit),
         ).fetchall()
+
+    def step(self, oid: int) -> int:
+        """Length of the blocks of an object, but for the last."""
+        first = self.block_at(oid, 0)
+        return first.length if first is not None else self.block_bytes
 
     def block(self, bid: int) -> Block | None:
         """The block of that number, if it still exists."""
@@ -182,21 +190,24 @@ class Index:
         if self.refs(oid) > 0:
             return []
         self.gone.add(self.object(oid).digest)
-        bids = [row[0] for row in self._db.execute("SELECT bid FROM object_blocks WHERE oid=?", (oid,))]
+        uses = Counter(row[0] for row in self._db.execute("SELECT bid FROM object_blocks WHERE oid=?", (oid,)))
         self._db.execute("DELETE FROM object_blocks WHERE oid=?", (oid,))
         self._db.execute("DELETE FROM objects WHERE oid=?", (oid,))
-        return [dead for bid in bids if (dead := self._unref_block(bid))]
+        self._db.executemany("UPDATE blocks SET refs=refs-? WHERE bid=?", [(count, bid) for bid, count in uses.items()])
+        return self._drop_unused(list(uses))
 
-    def _unref_block(self, bid: int) -> Location | None:
-        self._db.execute("UPDATE blocks SET refs=refs-1 WHERE bid=?", (bid,))
-        row = self._db.execute("SELECT refs, extent, offset, length FROM blocks WHERE bid=?", (bid,)).fetchone()
-        if row is None or row[0] > 0:
-            return None
-        self._db.execute("DELETE FROM blocks WHERE bid=?", (bid,))
-        if row[1] is None:
-            return None
-        self._db.execute("UPDATE extents SET live=live-? WHERE number=?", (record_bytes(row[3]), row[1]))
-        return Location(row[1], row[2], row[3])
+    def _drop_unused(self, bids: Sequence[int]) -> list[Location]:
+        """Those of some blocks that nothing refers to any more go; their records."""
+        dead, live = list[Location](), Counter[int]()
+        for at in range(0, len(bids), ASKED):
+            part = bids[at : at + ASKED]
+            unused = f"bid IN ({','.join('?' * len(part))}) AND refs<=0"
+            rows = self._db.execute(f"DELETE FROM blocks WHERE {unused} RETURNING extent, offset, length", part).fetchall()
+            dead += [Location(*row) for row in rows if row[0] is not None]
+        for location in dead:
+            live[location.extent] += record_bytes(location.length)
+        self._db.executemany("UPDATE extents SET live=live-? WHERE number=?", [(n, extent) for extent, n in live.items()])
+        return dead
 
     def set_content(self, ino: int, home: Home, oid: int | None, size_bytes: int, keep_fallback: bool = True) -> list[Location]:
         """Point an inode at staged bytes (`home`), an object, or nothing. Returns the records that died.

@@ -23,7 +23,7 @@ from cascadefs.bulk import Bulk, marks
 from cascadefs.database import Database
 from cascadefs.index import Index
 from cascadefs.manifest import Listed, Manifest, Told, encode
-from cascadefs.types import EMPTY_OID, Location, Object
+from cascadefs.types import EMPTY_OID, Block, Location, Object
 
 PAGE = 256  # inodes read between two turns of the scheduler: about a millisecond
 SLICE, SLICE_PAUSE_S = 32, 0.001  # the same of a snapshot: a few hundred microseconds, then requests have the thread
@@ -203,9 +203,13 @@ class Journal:
         whole = {row[0]: row for row in rows if row[3] or row[0] in ready}
         blocks = self._bulk.blocks_of(list(whole))
         return {
-            oid: Listed(digest, size, [block.fingerprint for block in blocks[oid]])
+            oid: Listed(digest, size, [block.fingerprint for block in blocks[oid]], self._step(blocks[oid]))
             for oid, digest, size, _ in whole.values()
         }
+
+    def _step(self, blocks: Sequence[Block]) -> int:
+        is_usual = len(blocks) < 2 or blocks[0].length == self._index.block_bytes
+        return 0 if is_usual else blocks[0].length
 
 
 def _as_told(

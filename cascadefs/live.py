@@ -48,7 +48,7 @@ class Handle:
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """The running state of one inode: numbers of its handles by kind, and the lock of its transitions."""
+    """The running state of one inode: numbers of its handles by kind and of its syncs, and the lock of its transitions."""
 
     ino: int
     source: Source | None = None
@@ -56,6 +56,7 @@ class Live:
     writers: int = 0
     directs: int = 0
     sourced: int = 0
+    syncs: int = 0  # of its staged bytes, while somebody writes
     _lock: trio.Lock | None = None  # made when first taken: most files are created, written and closed without
 
     @property

@@ -39,11 +39,12 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An object: its digest, size, and the fingerprints of its blocks in order (each full but the last)."""
+    """An object: its digest, size, and the fingerprints of its blocks in order, `step` long but for the last; 0: usual."""
 
     digest: bytes
     size_bytes: int
     fingerprints: list[bytes]
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _pieces(manifest: Manifest) -> Iterator[str]:
     yield json.dumps(head)[:-1] + ', "inodes": ['
     yield from _rows(_row(told) for told in manifest.inodes)
     yield '], "objects": ['
-    yield from _rows([o.digest.hex(), o.size_bytes, b"".join(o.fingerprints).hex()] for o in manifest.objects)
+    yield from _rows(_object(found) for found in manifest.objects)
     yield "]}"
 
 
@@ -94,6 +95,11 @@ def _rows(rows: Iterable[list[object]]) -> Iterator[str]:
     while page := list(islice(source, ROWS)):
         yield comma + json.dumps(page, separators=(",", ":"))[1:-1]
         comma = ","
+
+
+def _object(found: Listed) -> list[object]:
+    step = [found.step] if found.step else []
+    return [found.digest.hex(), found.size_bytes, b"".join(found.fingerprints).hex(), *step]
 
 
 def _row(told: Told) -> list[object]:
@@ -110,7 +116,7 @@ def decode(payload: bytes) -> Manifest | None:
         if document["version"] != VERSION:
             return None
         inodes = [_told(row) for row in document["inodes"]]
-        objects = [Listed(bytes.fromhex(d), size, _cut(bytes.fromhex(prints))) for d, size, prints in document["objects"]]
+        objects = [_listed(*row) for row in document["objects"]]
         return Manifest(document["seq"], document["snapshot"], inodes, document["gone"], objects)
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -125,6 +131,10 @@ def _told(row: Any) -> Told:
         names=[(int(parent), name.encode("latin-1")) for parent, name in names],
         xattrs=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in xattrs],
     )
+
+
+def _listed(digest: str, size_bytes: int, prints: str, step: int = 0) -> Listed:
+    return Listed(bytes.fromhex(digest), size_bytes, _cut(bytes.fromhex(prints)), step)
 
 
 def _cut(joined: bytes) -> list[bytes]:

@@ -93,8 +93,8 @@ class Replay:
 
 
 def _keys(found: Listed, block_bytes: int) -> list[Key]:
-    last = len(found.fingerprints) - 1
-    return [(f, block_bytes if i < last else found.size_bytes - block_bytes * last) for i, f in enumerate(found.fingerprints)]
+    last, step = len(found.fingerprints) - 1, found.step or block_bytes
+    return [(f, step if i < last else found.size_bytes - step * last) for i, f in enumerate(found.fingerprints)]
 
 
 class Tree:

@@ -65,7 +65,7 @@ class Streams:
             finally:
                 os.close(fd)
             # Its owner has begun to write to it.
-        step, parts = self.files.index.block_bytes, []
+        step, parts = self.files.index.step(oid), []
         while size > 0:
             seq, start = divmod(offset, step)
             block = self.files.index.block_at(oid, seq)

@@ -4,7 +4,8 @@
 # Knows nothing of objects, tiers or names. The GIL is released for all of it. Invariants:
 # (1) Equal bytes and equal secret give equal fingerprints on every machine (XXH3's canonical big-endian form).
 # (2) A range past the end of the file is an error (EIO), never zeros: the file shrank under the caller.
-# Files are read with pread, not mapped: a mapping of a file that shrinks kills the process with SIGBUS.
+# Files are read with pread, not mapped: a mapping of a file that shrinks kills the process with SIGBUS. mapped_fingerprints() alone
+# maps, because the copy costs twice what the hash does, and catches the signal.
 
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t
@@ -22,8 +23,66 @@ cdef extern from "<xxhash.h>" nogil:
         uint8_t digest[16]
     int XXH128_isEqual(XXH128_hash_t a, XXH128_hash_t b)
     XXH128_hash_t XXH128_hashFromCanonical(const XXH128_canonical_t *src)
-    XXH128_hash_t XXH3_128bits_withSecret(const void *data, size_t size, const void *secret, size_t secret_size)
     void XXH128_canonicalFromHash(XXH128_canonical_t *out, XXH128_hash_t hash)
+
+cdef extern from *:
+    """
+    #include <setjmp.h>
+    #include <signal.h>
+    #include <string.h>
+    #include <sys/mman.h>
+
+    /* The library's own choice by processor (AVX2, AVX-512: 1.6 times the speed), where it was built with one. The same values. */
+    extern XXH128_hash_t XXH3_128bits_withSecret_dispatch(const void *, size_t, const void *, size_t) __attribute__((weak));
+
+    static XXH128_hash_t cf_hash(const void *data, size_t size, const void *secret) {
+        return XXH3_128bits_withSecret_dispatch ? XXH3_128bits_withSecret_dispatch(data, size, secret, 192)
+                                                : XXH3_128bits_withSecret(data, size, secret, 192);
+    }
+
+    static __thread sigjmp_buf cf_escape;
+    static __thread volatile sig_atomic_t cf_is_reading;
+    static struct sigaction cf_other;  /* whose handler it is when the fault is not ours */
+
+    static void cf_on_fault(int number, siginfo_t *info, void *context) {
+        if (cf_is_reading) siglongjmp(cf_escape, 1);
+        sigaction(number, &cf_other, NULL);  /* the instruction faults again, and then it is theirs */
+    }
+
+    static void cf_catch_faults(void) {
+        struct sigaction now, ours;
+        sigaction(SIGBUS, NULL, &now);
+        if (now.sa_flags & SA_SIGINFO && now.sa_sigaction == cf_on_fault) return;
+        cf_other = now;
+        memset(&ours, 0, sizeof(ours));
+        ours.sa_sigaction = cf_on_fault;
+        ours.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+        sigaction(SIGBUS, &ours, NULL);
+    }
+
+    /* Prints of `count` blocks of `step` bytes, the last of `last`, from `offset` on; an errno, EIO when the file ends before. */
+    static int cf_mapped_prints(
+            int fd, off_t offset, size_t step, size_t count, size_t last, const void *secret, XXH128_canonical_t *out) {
+        size_t size = step * (count - 1) + last;
+        const char *data = (const char *)mmap(NULL, size, PROT_READ, MAP_SHARED, fd, offset);
+        if (data == MAP_FAILED) return errno;
+        int code = 0;
+        cf_catch_faults();
+        if (!sigsetjmp(cf_escape, 0)) {
+            cf_is_reading = 1;
+            for (size_t i = 0; i < count; i++)
+                XXH128_canonicalFromHash(&out[i], cf_hash(data + i * step, i + 1 < count ? step : last, secret));
+        } else {
+            code = EIO;
+        }
+        cf_is_reading = 0;
+        munmap((void *)data, size);
+        return code;
+    }
+    """
+    XXH128_hash_t cf_hash(const void *data, size_t size, const void *secret) nogil
+    int cf_mapped_prints(
+        int fd, int64_t offset, size_t step, size_t count, size_t last, const void *secret, XXH128_canonical_t *out) nogil
 
 SECRET_BYTES = 192  # XXH3_SECRET_DEFAULT_SIZE; the minimum is 136
 
@@ -68,7 +127,7 @@ def fingerprint(const uint8_t[::1] data, const uint8_t[::1] secret):
     if secret.shape[0] != 192:
         raise ValueError("the secret is 192 bytes long")
     with nogil:
-        XXH128_canonicalFromHash(&out, XXH3_128bits_withSecret(&data[0] if count else NULL, count, &secret[0], 192))
+        XXH128_canonicalFromHash(&out, cf_hash(&data[0] if count else NULL, count, &secret[0]))
     return bytes(out.digest[:16])
 
 
@@ -88,7 +147,7 @@ def flipped_bit(uint8_t[::1] data, const uint8_t[::1] secret, const uint8_t[::1]
     with nogil:
         for bit in range(<int64_t>count * 8):
             data[bit >> 3] ^= <uint8_t>(1 << (bit & 7))
-            if XXH128_isEqual(XXH3_128bits_withSecret(&data[0], count, &secret[0], 192), aim):
+            if XXH128_isEqual(cf_hash(&data[0], count, &secret[0]), aim):
                 found = bit
             data[bit >> 3] ^= <uint8_t>(1 << (bit & 7))
             if found >= 0:
@@ -100,6 +159,24 @@ def read_fingerprint(int fd, int64_t offset, uint8_t[::1] out, const uint8_t[::1
     """read_into() and fingerprint() of what was read, in one step: the bytes in `out` are those that were hashed."""
     read_into(fd, offset, out)
     return fingerprint(out, secret)
+
+
+def mapped_fingerprints(int fd, int64_t offset, int64_t size, int64_t step, const uint8_t[::1] secret):
+    """Fingerprints of the blocks of `step` bytes, the last may be shorter, of `size` bytes of a file from a multiple of 4096 on,
+    without a copy. What they were taken from may have changed before this returns. OSError; EIO when the file ends before."""
+    cdef int code = 0
+    cdef int64_t count = (size + step - 1) // step, i
+    if secret.shape[0] != 192:
+        raise ValueError("the secret is 192 bytes long")
+    if not count:
+        return []
+    prints = bytearray(16 * count)
+    cdef uint8_t[::1] out = prints
+    with nogil:
+        code = cf_mapped_prints(
+            fd, offset, <size_t>step, <size_t>count, <size_t>(size - step * (count - 1)), &secret[0], <XXH128_canonical_t *>&out[0])
+    check(code)
+    return [bytes(prints[16 * i : 16 * i + 16]) for i in range(count)]
 
 
 cdef enum:

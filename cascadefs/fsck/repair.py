@@ -218,10 +218,9 @@ class Repairer:
 
     def _sources(self, bid: int, fingerprint: bytes, length: int, extent: int, offset: int) -> Iterator[Source]:
         """Open files that may hold the block: copies in the tiers, other records, the record itself with a bit put right."""
-        block_bytes = self.database.identity.block_bytes
-        for digest, seq in self.index.holders(bid, -1):
+        for digest, offset_there in self.index.holders(bid, -1):
             for _, folder, _ in self.places.tiers():
-                yield from self._opened(folder / "objects" / digest.hex(), seq * block_bytes)
+                yield from self._opened(folder / "objects" / digest.hex(), offset_there)
         for number, at in self._good_records().get((fingerprint, length), ()):
             yield from self._opened(self.cold.path(number), at + HEAD.size)
         if length <= FLIP_BYTES_MAX:

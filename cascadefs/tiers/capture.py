@@ -11,7 +11,8 @@ Everything blocks. Invariants:
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cascadefs import media
@@ -19,12 +20,13 @@ from cascadefs.config import MIB
 from cascadefs.crash import point
 from cascadefs.errors import UnreadableCopy
 from cascadefs.ext import hashing
-from cascadefs.record import HEADER_BYTES, RecordHeader, encode_record_header, record_bytes
+from cascadefs.record import ALIGN, HEADER_BYTES, RecordHeader, encode_record_header, record_bytes
 from cascadefs.tiers.cold import WRITE_BYTES, ColdTier
 from cascadefs.tiers.flight import Writes
 from cascadefs.types import Location, Print
 
 FIRST_BYTES = WRITE_BYTES // 2  # of the first write, before which nothing is on its way
+TOGETHER_BYTES = 8 * MIB  # to hash so much takes a millisecond, to begin a thread a tenth
 NO_BLOCK = 0  # they have no numbers yet, and those count from 1
 Tail = Callable[[], bytes]  # a manifest; asked for when every block has been read
 TAIL_BYTES = 64 << 10  # of room for one, nearly always enough
@@ -33,16 +35,19 @@ Lacking = Callable[[Sequence[Print]], set[Print]]
 
 @dataclass(eq=False, slots=True)
 class Subject:
-    """An open file of at least `size_bytes`. `places` is one dictionary for all files that share their blocks."""
+    """An open file of at least `size_bytes`. `places` is one dictionary for all files that share their blocks. `step`: length
+    of its blocks, 0 for the usual one. `is_known`: most of them have a place; they are looked at before they are read."""
 
     fd: int
     size_bytes: int
     shares: bool
     places: dict[Print, Location]
+    step: int = 0
+    is_known: bool = False
     prints: list[Print] = field(default_factory=list)
 
 
-Part = tuple[Subject, int, int]  # offset and length of a block
+Part = tuple[Subject, int, int, int]  # number, offset and length of a block
 
 
 class Capture:
@@ -55,7 +60,7 @@ class Capture:
 
     def pack(self, subjects: Sequence[Subject], tail: Tail) -> None:
         """The first half of run(), for little: read without a thread, before write() in one."""
-        group = [part for parts in _groups(subjects, self._block_bytes) for part in parts]
+        group = [part for parts in _groups(self._parts(subjects)) for part in parts]
         data = self._cold.buffers.take(max(MIB, _room(group)))  # of a size that is kept
         self._packed = self._with_tail(data, self._fill(data, group), tail)
 
@@ -69,7 +74,7 @@ class Capture:
 
     def run(self, subjects: Sequence[Subject], tail: Tail | None) -> int:
         """Write what is lacking, and a manifest behind it, if there is one; fill in prints and places. The new end."""
-        groups = list(_groups(subjects, self._block_bytes)) or [[]]
+        groups = list(_groups(self._parts(subjects))) or [[]]
         with self._opened() as fd:
             if len(groups) == 1:
                 data = self._cold.buffers.take(max(MIB, _room(groups[0])))
@@ -77,6 +82,39 @@ class Capture:
             else:
                 self._write_groups(fd, groups, tail)
         return self._end
+
+    def _parts(self, subjects: Sequence[Subject]) -> Iterator[Part]:
+        """The blocks that must be read."""
+        for subject in subjects:
+            step = subject.step or self._block_bytes
+            lengths = [min(step, subject.size_bytes - at) for at in range(0, subject.size_bytes, step)]
+            subject.prints = [(b"", length) for length in lengths]
+            known = self._known(subject, step) if subject.is_known else set[int]()
+            yield from (
+                (subject, number, number * step, length) for number, length in enumerate(lengths) if number not in known
+            )
+
+    def _known(self, subject: Subject, step: int) -> set[int]:
+        """Blocks that have a place as they are now; their prints are filled in. A copy costs more than the hash."""
+        try:
+            found = self._mapped_prints(subject.fd, subject.size_bytes, step)
+        except OSError:
+            return set()  # it has shrunk: reading deals with that
+        prints = [(fingerprint, length) for fingerprint, (_, length) in zip(found, subject.prints, strict=True)]
+        lacking = self._lacking(prints)
+        known = {number for number, one in enumerate(prints) if one not in lacking}
+        for number in known:
+            subject.prints[number] = prints[number]
+        return known
+
+    def _mapped_prints(self, fd: int, size_bytes: int, step: int) -> list[bytes]:
+        """A second processor takes half of what is much."""
+        half = size_bytes // (2 * step) * step
+        if size_bytes < TOGETHER_BYTES or half % ALIGN:
+            return hashing.mapped_fingerprints(fd, 0, size_bytes, step, self._cold.secret)
+        with ThreadPoolExecutor(1, "cascadefs-hash") as thread:
+            rest = thread.submit(hashing.mapped_fingerprints, fd, half, size_bytes - half, step, self._cold.secret)
+            return hashing.mapped_fingerprints(fd, 0, half, step, self._cold.secret) + rest.result()
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
@@ -118,11 +156,11 @@ class Capture:
         """Records of the blocks that are lacking at the beginning of the buffer; how long they are."""
         at, found = 0, list[tuple[Subject, Print, int]]()
         with memoryview(data) as view:
-            for subject, offset, length in group:
+            for subject, number, offset, length in group:
                 with view[at + HEADER_BYTES : at + HEADER_BYTES + length] as payload:
                     fingerprint = self._read(subject.fd, offset, payload)
                 found.append((subject, (fingerprint, length), at))
-                subject.prints.append((fingerprint, length))
+                subject.prints[number] = fingerprint, length
                 at += record_bytes(length)
             lacking = self._lacking([one for subject, one, _ in found if subject.shares and one not in subject.places])
             used = 0
@@ -167,19 +205,17 @@ class Capture:
 
 def _room(group: Sequence[Part]) -> int:
     """Bytes of all records that there may be."""
-    return sum(record_bytes(length) for _, _, length in group) + TAIL_BYTES
+    return sum(record_bytes(length) for *_, length in group) + TAIL_BYTES
 
 
-def _groups(subjects: Sequence[Subject], block_bytes: int) -> Iterator[list[Part]]:
-    """Blocks of all files, in groups of at most FIRST_BYTES, then WRITE_BYTES, of payload, or of one block."""
+def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """In groups of at most FIRST_BYTES, then WRITE_BYTES, of payload, or of one block."""
     group, filled, limit = list[Part](), 0, FIRST_BYTES
-    for subject in subjects:
-        for offset in range(0, subject.size_bytes, block_bytes):
-            length = min(block_bytes, subject.size_bytes - offset)
-            if group and filled + length > limit:
-                yield group
-                group, filled, limit = [], 0, WRITE_BYTES
-            group.append((subject, offset, length))
-            filled += length
+    for part in parts:
+        if group and filled + part[3] > limit:
+            yield group
+            group, filled, limit = [], 0, WRITE_BYTES
+        group.append(part)
+        filled += part[3]
     if group:
         yield group

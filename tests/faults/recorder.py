@@ -19,7 +19,7 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database, media, reserve, scheduler
+from cascadefs import database, fsyncs, media, reserve, scheduler
 from cascadefs.config import Settings
 from cascadefs.database import Database
 from cascadefs.mover import Mover
@@ -40,6 +40,7 @@ _library = ctypes.CDLL(None)
 def settings(base: Path) -> Settings:
     """Of the recording and of every replay."""
     reserve.RESERVE_BYTES, scheduler.STRAIGHT_BYTES = 64 * KIB, 16 * KIB
+    fsyncs.SYNCS = 1
     return Settings(
         store=base / "disk" / "store",
         shm_dir=base / "shm",
@@ -72,7 +73,7 @@ class Recorder:
     async def step(self) -> None:
         names = list(self.files)
         kinds = ["put"] * 5 + ["rounds"] * 2 + ["park"]
-        of_files = ["append"] * 2 + ["cut"] + ["unlink"] * 2 + ["rename"] * 2 + ["link"] + ["fsync"] * 3
+        of_files = ["append"] * 2 + ["edit"] * 2 + ["cut"] + ["unlink"] * 2 + ["rename"] * 2 + ["link"] + ["fsync"] * 3
         kinds += of_files * bool(names)
         kinds += ["flush"] + ["restart"] * (self.random.random() < 0.3)
         kind = self.random.choice(kinds)
@@ -109,6 +110,10 @@ class Recorder:
         more = self.random.randbytes(self.random.choice((1, 500, 9000, BATCH_BYTES)))
         await self.change(name, len(self.files[name]), more)
 
+    async def edit(self, name: str) -> None:
+        """A file of more than a block that is synced as it is open, again and again."""
+        await self.change(name, len(self.files[name]), self.random.randbytes(9000), edits=3)
+
     async def cut(self, name: str) -> None:
         size = self.random.randint(0, len(self.files[name]))
         data = self.files[name][:size]
@@ -122,7 +127,7 @@ class Recorder:
         inos = {other: self.store.find(other).ino for other in self.files}
         return [other for other in self.files if name in inos and inos[other] == inos[name]]
 
-    async def change(self, name: str, offset: int, more: bytes) -> None:
+    async def change(self, name: str, offset: int, more: bytes, edits: int = 0) -> None:
         data = self.files[name][:offset] + more
         for other in self.same(name):
             self.files[other] = data
@@ -133,12 +138,29 @@ class Recorder:
             fd = os.open(self.store.files.staged_path(self.store.namespace.get(ino)), os.O_WRONLY)
             os.pwrite(fd, more, offset)
             os.close(fd)
-            if self.random.random() < 0.3:
+            if edits or self.random.random() < 0.3:
                 self.mark(done="write", name=name, data=data.hex())
                 await self.told("fsync", self.store.mover.fsync(ino), name=name)
+                for _ in range(edits):
+                    data = await self.edited(name, ino)
         finally:
             self.store.files.release(handle)
         self.mark(done="write", name=name, data=data.hex())
+
+    async def edited(self, name: str, ino: int) -> bytes:
+        """Three bytes of an open file change, and are synced: little is to be written. What it holds now."""
+        data = self.files[name]
+        at, more = self.random.randrange(len(data)), self.random.randbytes(3)
+        data = data[:at] + more + data[at + 3 :]
+        for other in self.same(name):
+            self.files[other] = data
+        self.mark(begin="write", name=name, data=data.hex())
+        fd = os.open(self.store.files.staged_path(self.store.namespace.get(ino)), os.O_WRONLY)
+        os.pwrite(fd, more, at)
+        os.close(fd)
+        self.mark(done="write", name=name, data=data.hex())
+        await self.told("fsync", self.store.mover.fsync(ino), name=name)
+        return data
 
     async def unlink(self, name: str) -> None:
         del self.files[name]
@@ -184,8 +206,15 @@ class Recorder:
         """The process ends well and comes back; memory stays."""
         self.store.close()
         self.store = self.opened()
+        await self.told_again()
+
+    async def told_again(self) -> None:
+        """As the background soon does after a process that had not told the extents everything."""
+        if self.store.mover.journal.incomplete:
+            await self.store.mover.tell()
 
     async def run(self, steps: int) -> None:
+        await self.told_again()
         for _ in range(steps):
             await self.step()
         self._files.write_text(json.dumps({name: data.hex() for name, data in self.files.items()}))

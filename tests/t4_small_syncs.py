@@ -1,0 +1,114 @@
+"""A large file that stays open and is synced again and again: what is written is in proportion to what changed."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from recount import recount
+from stores import memory_of, opened, wipe_memory, written
+
+from cascadefs import fsck
+from cascadefs.config import MIB
+from cascadefs.ext import hashing
+from cascadefs.fsyncs import PARTS, SYNCS
+from cascadefs.rebuild import rebuild
+
+KIB = 1024
+SIZE = 9 * MIB + 12_345
+
+
+def path_of(store, ino):
+    return store.files.staged_path(store.namespace.get(ino))
+
+
+async def changed_and_synced(store, ino, data, places):
+    """Bytes at each place change, and it is synced; what the extents grew by."""
+    number, before = store.index.open_extent() or (1, 0)
+    with open(path_of(store, ino), "r+b") as file:
+        for at in places:
+            data[at : at + 100] = os.urandom(100)
+            file.seek(at)
+            file.write(data[at : at + 100])
+    await store.mover.fsync(ino)
+    now, end = store.index.open_extent()
+    assert now == number
+    return int(end - before)
+
+
+@pytest.mark.parametrize("way", ["index", "rebuilt"])
+async def test_little_is_written_for_little_that_changed_and_all_of_it_is_there(slow_seal, way):
+    data, chance = bytearray(os.urandom(SIZE)), random.Random(1)
+    async with opened(slow_seal) as store:
+        with written(store, "f", bytes(data)) as ino:
+            await store.mover.fsync(ino)
+            assert await changed_and_synced(store, ino, data, [5]) < 5 * MIB
+            for _ in range(SYNCS - 1):  # its blocks get short
+                await changed_and_synced(store, ino, data, [5])
+            small = store.index.block_bytes // PARTS
+            for _ in range(5):
+                assert await changed_and_synced(store, ino, data, [chance.randrange(SIZE - 100)]) < 3 * small
+            os.truncate(path_of(store, ino), SIZE - 3 * MIB)
+            del data[SIZE - 3 * MIB :]
+            await store.mover.fsync(ino)
+    (memory,) = memory_of(slow_seal)
+    assert recount(slow_seal.store, memory) == []
+    wipe_memory(slow_seal)
+    if way == "rebuilt":
+        (slow_seal.store / "index.db").unlink()
+        assert rebuild(slow_seal.store, slow_seal.shm_dir, lambda *_: None).lost_and_found == 0
+    assert fsck.run(slow_seal.store, slow_seal.shm_dir, False, lambda *_: None).exit_code == 0
+    async with opened(slow_seal) as store:
+        ino = store.find("f").ino
+        for at in (0, small - 7, 5 * small + 1, len(data) - 10):
+            assert await store.streams.read(ino, at, 3 * small) == data[at : at + 3 * small]
+        assert await store.get("f") == data
+
+
+async def test_a_damaged_short_block_is_healed_from_a_copy(slow_seal):
+    data = bytearray(os.urandom(SIZE))
+    async with opened(slow_seal) as store:
+        with written(store, "f", bytes(data)) as ino:
+            for _ in range(SYNCS + 1):
+                await changed_and_synced(store, ino, data, [5])
+    wipe_memory(slow_seal)
+    async with opened(slow_seal) as store:
+        assert await store.get("f") == data  # it is in memory now
+        found = store.index.object(store.find("f").oid)
+        block = store.index.blocks(found.oid)[7]
+        with open(store.residency.cold.path(block.location.extent), "r+b") as file:
+            file.seek(block.location.offset + 5000)
+            file.write(b"damage!!")
+        assert await store.mover.heal(block.bid)
+        store.residency.drop(store.residency.memory, found.digest)
+        assert await store.get("f") == data
+
+
+@pytest.mark.parametrize("step", [4096, 100_000, 1 << 22])
+def test_prints_of_a_mapping_are_those_of_what_is_read(tmp_path, step):
+    data, secret = os.urandom(1_234_567), bytes(range(192))
+    (tmp_path / "f").write_bytes(data)
+    fd = os.open(tmp_path / "f", os.O_RDONLY)
+    parts = [data[at : at + step] for at in range(0, len(data), step)]
+    assert hashing.mapped_fingerprints(fd, 0, len(data), step, secret) == [hashing.fingerprint(p, secret) for p in parts]
+    assert hashing.mapped_fingerprints(fd, 0, 0, step, secret) == []
+    tail = hashing.fingerprint(data[8192:], secret)
+    assert hashing.mapped_fingerprints(fd, 8192, len(data) - 8192, 1 << 22, secret) == [tail]
+    os.close(fd)
+
+
+def test_a_mapped_file_that_shrinks_is_an_error_and_other_faults_stay_fatal(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(MIB))
+    fd = os.open(path, os.O_RDONLY)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Input/output"):
+            hashing.mapped_fingerprints(fd, 0, 3 * MIB, 4096, bytes(192))
+    os.close(fd)
+    code = (
+        "import mmap, os, sys; from cascadefs.ext import hashing; fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "m = mmap.mmap(fd, 1 << 20, prot=mmap.PROT_READ)\n"
+        "hashing.mapped_fingerprints(fd, 0, 1 << 20, 4096, bytes(192)); os.truncate(sys.argv[1], 0); m[5000]"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -7  # SIGBUS
