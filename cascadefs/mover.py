@@ -350,7 +350,10 @@ class Mover:
             self._sync_lock.release()
 
     async def _give_back(self) -> None:
-        """Punch dead records, delete dead extents; after a sync of the commits that forgot them."""
+        """Punch dead records, delete dead extents; after a sync of the commits that forgot them, and when the extents have been
+        told what took their place: else a rebuild of the index would find neither."""
+        if self.files.dead and self.journal.has_news():
+            await self._append((), await self.journal.changes(()))
         count, gone = len(self.files.dead), self.index.dead_extents()
         if not count and not gone:
             return

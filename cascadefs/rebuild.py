@@ -61,12 +61,14 @@ class Replay:
         self.inodes: dict[int, Told] = {}
         self.versions: dict[int, list[bytes]] = {}
         self.contents: dict[bytes, Content] = {}
+        self.gone: dict[int, Told] = {}  # as they were told last, in the order in which they went
         listed: set[Key] = set()
         for manifest in manifests:
             if manifest.snapshot:
                 self.inodes.clear()
             for ino in manifest.gone:
-                self.inodes.pop(ino, None)
+                if ino in self.inodes:
+                    self.gone[ino] = self.inodes.pop(ino)
             for told in manifest.inodes:
                 self.inodes.pop(told.ino, None)  # they stand in the order in which they were told last
                 self.inodes[told.ino] = told
@@ -114,7 +116,19 @@ class Tree:
                 if self._is_folder(parent) and 0 < len(name) <= NAME_MAX and (parent, name) not in self.entries:
                     self.entries[parent, name] = told.ino
         self.entries = dict(reversed(self.entries.items()))
+        self._bring_back()
         self._attach_the_unreachable()
+
+    def _bring_back(self) -> None:
+        """A power loss may leave a manifest without the bytes before it. Who was replaced by a file that is absent for that has
+        its name again, if its own bytes are there: they are punched only when those of the new one are durable."""
+        absent = {place for told in self.replay.inodes.values() if told.ino not in self.inodes for place in told.names}
+        for told in reversed(list(self.replay.gone.values())):
+            if not self.replay.is_absent(told) and told.ino not in self.inodes:
+                for place in told.names:
+                    if place in absent and place not in self.entries and self._is_folder(place[0]):
+                        self.entries[place] = told.ino
+                        self.inodes[told.ino] = told
 
     def _is_folder(self, ino: int) -> bool:
         return ino in self.inodes and stat.S_ISDIR(self.inodes[ino].mode)
@@ -267,9 +281,9 @@ class Rebuilder:
         for told in replay.inodes.values():  # what the extents do not have whole, but a tier has
             if told.digest in copies and told.ino not in homes:
                 homes[told.ino] = self._adopt(told.digest, copies, told.ino)
-        shown = {replay.content_of(told) for told in replay.inodes.values()}
         owned = {told.digest for told in replay.inodes.values()}
         tree = Tree(replay, homes)
+        shown = {replay.content_of(told) for told in tree.inodes.values()}
         for ino in set(homes) - tree.inodes.keys() - tree.entered_later(pending):
             if self._is_spare(ino, homes[ino]):
                 del homes[ino]
@@ -302,6 +316,7 @@ class Rebuilder:
     def _adopt(self, digest: bytes, copies: dict[bytes, tuple[Path, Home]], ino: int) -> Home:
         """The copy becomes the staged bytes of an inode: the next mount seals and flushes it."""
         folder, home = copies[digest]
+        media.make_folder(folder / "staged")
         media.link(folder / "objects" / digest.hex(), folder / "staged" / str(ino))
         return home
 
@@ -316,7 +331,7 @@ class Rebuilder:
             return "/" + "/".join(os.fsdecode(part) for part in reversed(parts))
 
         gone = [told for told in replay.inodes.values() if told.ino not in tree.inodes]
-        return sorted(path(parent, name) for told in gone for parent, name in told.names)
+        return sorted(path(*place) for told in gone for place in told.names if place not in tree.entries)
 
     # --- the new index
 
@@ -373,7 +388,8 @@ class Rebuilder:
             times = (told.atime_ns, told.mtime_ns, told.ctime_ns)
             row = (ino, told.mode, told.uid, told.gid, links[ino], told.rdev, size, *times, home)
             shown = None if home else oid
-            fallback = EMPTY_OID if oid is None and ino in tree.replay.inodes and stat.S_ISREG(told.mode) else oid
+            is_empty = told.digest is None and ino in tree.replay.inodes and stat.S_ISREG(told.mode)
+            fallback = EMPTY_OID if is_empty else oid
             values = (*row, shown, fallback, told.target, -(-size // 512))
             db.execute(f"INSERT INTO inodes VALUES({','.join('?' * 17)})", (*values, 0, None))
             db.executemany("INSERT INTO xattrs VALUES(?,?,?)", [(ino, name, value) for name, value in told.xattrs])

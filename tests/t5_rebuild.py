@@ -9,11 +9,14 @@ import pytest
 import trio
 from stores import flip, opened, wipe_memory, written
 
-from cascadefs import fsck, journal
+from cascadefs import fsck, journal, scan
 from cascadefs.config import MIB, Settings
+from cascadefs.index import digest_of
 from cascadefs.manifest import Listed, Manifest, Told, decode, encode
 from cascadefs.namespace import ROOT
 from cascadefs.rebuild import Replay, Tree, rebuild
+from cascadefs.record import RecordHeader
+from cascadefs.sealing import Outcome
 from cascadefs.store import Store
 
 
@@ -293,6 +296,37 @@ async def test_one_longer_than_a_batch_has_its_name(slow_seal, died):
 
     files, _, result = await rebuilt(slow_seal, died, last)
     assert files == {"/long": data} and result.lost_and_found == 0
+
+
+def test_who_was_replaced_by_a_file_without_bytes_is_there_again():
+    """As when power went while the last fsync wrote: its manifest is there, the bytes before it are not."""
+    here, torn = digest_of(5, [b"f" * 16]), digest_of(6, [b"t" * 16])
+    old, new = (
+        Told(ino, 0o100644, 1, 2, 0, 3, 4, 5, None, digest, [(ROOT, b"f")]) for ino, digest in ((5, here), (6, torn))
+    )
+    manifests = [
+        Manifest(1, False, [old], [], [Listed(here, 5, [b"f" * 16])]),
+        Manifest(2, False, [new], [5], [Listed(torn, 6, [b"t" * 16])]),
+    ]
+    found = scan.Found(1, RecordHeader(b"f" * 16, 5, 4096), b"")
+    tree = Tree(Replay(manifests, {(b"f" * 16, 5): found}, 4 * MIB), {})
+    assert tree.entries == {(ROOT, b"f"): 5} and set(tree.inodes) == {ROOT, 5}
+
+
+async def test_nothing_is_punched_before_the_extents_know_what_took_its_place(slow_seal):
+    data = os.urandom(5 * MIB)
+    async with at_rest(slow_seal, False) as store:
+        await store.put("f", b"old" * MIB)
+        await store.flush()
+        await store.put("f", data)
+        outcome = Outcome()
+        await store.mover.straight.run([store.find("f").ino], MIB, outcome)
+        assert outcome.sealed and store.files.dead
+        await store.mover.flush_batch(())
+    lose_index(slow_seal)
+    assert rebuild(slow_seal.store, slow_seal.shm_dir, quiet).lost_and_found == 0
+    async with at_rest(slow_seal, False) as store:
+        assert await store.get("f") == data
 
 
 def test_a_name_is_of_whom_was_told_of_it_last():

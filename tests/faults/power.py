@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from cascadefs.namespace import ROOT
+from cascadefs.rebuild import LOST, rebuild
 from cascadefs.store import Store
 from tests import faults
 from tests.faults import crash
@@ -26,15 +27,17 @@ from tests.faults.recorder import settings
 
 PARTS, STEPS = 2, 50  # processes of the recording one after the other, operations in each
 USE_EVERY = 10  # of so many states one is also written to, flushed and opened again
+REBUILD_EVERY = 7  # of so many one loses its index, which is made anew from the extents
 COMPLAINTS = 5  # so many are enough to tell what is wrong
 
 
 @dataclass
 class Result:
-    """Distinct states that were opened; what was wrong in some; operations in the log; how many states showed a fallback;
-    what the recording did: words such as "PUNCH extents"."""
+    """Distinct states that were opened; how many of them with a rebuilt index, too; operations in the log; how many states
+    showed a fallback; what was wrong in some; what the recording did: words such as "PUNCH extents"."""
 
     states: int = 0
+    rebuilt: int = 0
     operations: int = 0
     fallen_back: int = 0
     complaints: list[str] = field(default_factory=list)
@@ -77,6 +80,9 @@ class Replay:
         self.materialize(state)
         try:
             complaint = trio.run(self.visit, oracle)
+            if not complaint and self.result.states % REBUILD_EVERY == 0 and "store/store.json" in state:
+                self.materialize(state)
+                complaint = trio.run(self.rebuilt, oracle)
         except Exception as e:
             complaint = f"{type(e).__name__}: {e}"
         if complaint:
@@ -109,6 +115,22 @@ class Replay:
             store.close()
             self.forget_new_memory()
         return complaint
+
+    async def rebuilt(self, oracle: Oracle) -> str | None:
+        """What the extents alone give back: what was synced has its name and its bytes."""
+        folder = self.base / "disk" / "store"
+        for path in folder.glob("index.*"):
+            path.unlink()
+        rebuild(folder, self.base / "shm", lambda *_: None)
+        self.result.rebuilt += 1
+        store = Store(settings(self.base))
+        try:
+            names = [name.decode() for _, name, _ in store.namespace.listing(ROOT, 0) if name != LOST]
+            complaint = oracle.complaint({name: await store.get(name) for name in names}) or miscounted(store)
+        finally:
+            store.close()
+            self.forget_new_memory()
+        return complaint and f"rebuilt: {complaint}"
 
     async def use(self, store: Store, shown: dict[str, bytes]) -> str | None:
         """The store goes on: a new file and the old ones are durable after a flush."""
