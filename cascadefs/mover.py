@@ -360,10 +360,19 @@ class Mover:
         await self.sync_index()
         point("forgotten")
         dead, self.files.dead[:count] = self.files.dead[:count], []
-        await trio.to_thread.run_sync(self.cold.punch, [at for at in dead if at.extent not in gone])
         for number in gone:
             self.cold.remove(number)  # before it is forgotten: else an error would leave it for ever
             self.index.forget_extent(number)
+        await self._punch([at for at in dead if at.extent not in gone])
+
+    async def _punch(self, dead: Sequence[Location]) -> None:
+        """Others may append meanwhile: what is dead lies before the end, and a hole takes the disk up to a millisecond."""
+        self.extent.lock.release()
+        try:
+            await trio.to_thread.run_sync(self.cold.punch, dead)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.extent.lock.acquire()
 
     # --- waiting for durability
 

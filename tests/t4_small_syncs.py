@@ -4,8 +4,10 @@ import os
 import random
 import subprocess
 import sys
+import threading
 
 import pytest
+import trio
 from recount import recount
 from stores import memory_of, opened, wipe_memory, written
 
@@ -13,6 +15,7 @@ from cascadefs import fsck
 from cascadefs.config import MIB
 from cascadefs.ext import hashing
 from cascadefs.fsyncs import PARTS, SYNCS
+from cascadefs.namespace import ROOT
 from cascadefs.rebuild import rebuild
 
 KIB = 1024
@@ -83,6 +86,30 @@ async def test_a_damaged_short_block_is_healed_from_a_copy(slow_seal):
         assert await store.mover.heal(block.bid)
         store.residency.drop(store.residency.memory, found.digest)
         assert await store.get("f") == data
+
+
+async def test_a_sync_does_not_wait_for_holes_that_are_punched(slow_seal):
+    begun, may_end = threading.Event(), threading.Event()
+    async with opened(slow_seal) as store, trio.open_nursery() as nursery:
+        punch = store.residency.cold.punch
+
+        def slowly(dead):
+            begun.set()
+            assert may_end.wait(60)
+            punch(dead)
+
+        store.residency.cold.punch = slowly
+        await store.put("gone", b"g" * 5000)
+        await store.flush()
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"gone").ino)
+        nursery.start_soon(store.mover.flush_batch, ())
+        assert await trio.to_thread.run_sync(begun.wait, 60)
+        with written(store, "f", b"new") as ino:
+            await store.mover.fsync(ino)
+        assert not may_end.is_set() and store.namespace.get(ino).durable_oid
+        nursery.cancel_scope.cancel()  # the lock is taken again all the same
+        may_end.set()
+    assert not store.mover.extent.lock.locked()
 
 
 @pytest.mark.parametrize("step", [4096, 100_000, 1 << 22])
