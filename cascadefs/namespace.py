@@ -6,13 +6,14 @@ Invariants:
 (2) Every method is one transaction; a method that raises OSError has changed nothing.
 (3) A folder has exactly one entry; no entry leads into its own subtree.
 (4) A number of an inode or an entry is not used again while the process lives; with `first_ino`, while a mount lives.
+    A name keeps its entry, and so its place in listings, until it is removed: also when another file takes it over, and
+    when it becomes another name of the same folder.
 (5) An inode with nlink 0 is an orphan: the caller deletes it when nobody holds it, recovery does otherwise.
 (6) `op` numbers of changes grow; inodes.last_op is the highest whose change touched that row (of a folder: a change of its
     names). A change of number n on a row is committed exactly when its last_op is at least n: see is_done().
 """
 
 import errno
-import itertools
 import os
 import stat
 import time
@@ -29,6 +30,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 XATTR_CREATE, XATTR_REPLACE = 1, 2
 LINK_MAX = 65000  # as ext4
 HOLDER = b"holder"
+NO_BOUND = (1 << 63) - 1  # of cookies
 ONE_BYTES = 512  # room for one packed entry
 
 _COLUMNS = "ino, mode, uid, gid, nlink, rdev, size, atime_ns, mtime_ns, ctime_ns, home, oid, durable_oid, target, blocks"
@@ -50,7 +52,7 @@ class Namespace:
         # Counted here, not by SQLite: its own counter is one more page in every commit.
         self.first_ino: int = max(first_ino, 1 + self._db.execute("SELECT max(ino) FROM inodes").fetchone()[0])
         self._next_ino: int = self.first_ino
-        self._ids = itertools.count(1 + self._db.execute("SELECT coalesce(max(id), 0) FROM entries").fetchone()[0])
+        self._last_entry: int = self._db.execute("SELECT coalesce(max(id), 0) FROM entries").fetchone()[0]
 
     # --- reading
 
@@ -86,14 +88,18 @@ class Namespace:
         ).fetchone()
         return Inode(*row) if row else None
 
-    def listing(self, parent: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
-        """(cookie, name, inode) of the entries with cookie > `after`, in stable order, in pages of bounded size."""
+    def last_entry(self) -> int:
+        """The highest cookie so far: a name that is made later has a higher one."""
+        return self._last_entry
+
+    def listing(self, parent: int, after: int, last: int = NO_BOUND) -> Iterator[tuple[int, bytes, Inode]]:
+        """(cookie, name, inode) of the entries with `after` < cookie <= `last`, in stable order, in pages of bounded size."""
         page = 256
         while True:
             rows = self._db.execute(
                 f"SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i ON i.ino=e.ino "
-                "WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?",
-                (parent, after, page),
+                "WHERE e.parent=? AND e.id>? AND e.id<=? ORDER BY e.id LIMIT ?",
+                (parent, after, last, page),
             ).fetchall()
             for row in rows:
                 yield row[0], row[1], Inode(*row[2:])
@@ -101,12 +107,12 @@ class Namespace:
                 return
             after = rows[-1][0]
 
-    def packed_listing(self, function: str, parent: int, after: int, room: int, most: int) -> bytes:
-        """What an aggregate function of SQL's makes of the entries with cookie > `after`, the first `most`, in stable order."""
+    def packed_listing(self, function: str, parent: int, after: int, last: int, room: int, most: int) -> bytes:
+        """What an aggregate function of SQL's makes of the same entries, the first `most`."""
         row = self._db.execute(
             f"SELECT {function}(?, {_PACKED}) FROM (SELECT e.id, e.name, {_PREFIXED} FROM entries e JOIN inodes i "
-            "ON i.ino=e.ino WHERE e.parent=? AND e.id>? ORDER BY e.id LIMIT ?)",
-            (room, parent, after, most),
+            "ON i.ino=e.ino WHERE e.parent=? AND e.id>? AND e.id<=? ORDER BY e.id LIMIT ?)",
+            (room, parent, after, last, most),
         ).fetchone()
         return bytes(row[0])
 
@@ -271,7 +277,8 @@ class Namespace:
 
     def _enter(self, parent: int, name: bytes, ino: int) -> None:
         self._changed.add(ino)
-        cursor = self._db.execute("INSERT OR IGNORE INTO entries VALUES(?,?,?,?)", (parent, next(self._ids), name, ino))
+        self._last_entry += 1
+        cursor = self._db.execute("INSERT OR IGNORE INTO entries VALUES(?,?,?,?)", (parent, self._last_entry, name, ino))
         if cursor.rowcount == 0:
             raise os_error(errno.EEXIST, name)
 
@@ -308,9 +315,13 @@ class Namespace:
 
     def _leave(self, parent: int, name: bytes, inode: Inode, now: int, op: int = 0) -> None:
         """Remove an entry and what it counts for."""
+        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
+        self._lose_name(parent, inode, now, op)
+
+    def _lose_name(self, parent: int, inode: Inode, now: int, op: int = 0) -> None:
+        """Count for an inode that one of its names in `parent` is no longer its own."""
         is_folder = stat.S_ISDIR(inode.mode)
         self._changed.add(inode.ino)
-        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
         self._touch_folder(parent, now, -1 if is_folder else 0, op)
         links = 0 if is_folder else inode.nlink - 1
         self._db.execute("UPDATE inodes SET nlink=?, ctime_ns=? WHERE ino=?", (links, now, inode.ino))
@@ -387,8 +398,9 @@ class Namespace:
                 return False, None
             if target is not None:
                 self._refuse_replacing(source, target, new_name, flags)
-                self._leave(new_parent, new_name, target, now)
-            self._move(parent, name, source, new_parent, new_name, now, op)
+                self._lose_name(new_parent, target, now)
+            self._move_entry(parent, name, source.ino, new_parent, new_name, target is not None)
+            self._count_move(parent, source, new_parent, now, op)
         return True, self.find(target.ino) if target else None
 
     def _refuse_loops(self, source: Inode, new_parent: int) -> None:
@@ -410,11 +422,22 @@ class Namespace:
         elif stat.S_ISDIR(source.mode):
             raise os_error(errno.ENOTDIR, new_name)
 
-    def _move(self, parent: int, name: bytes, source: Inode, new_parent: int, new_name: bytes, now: int, op: int) -> None:
+    def _move_entry(self, parent: int, name: bytes, ino: int, new_parent: int, new_name: bytes, is_taken: bool) -> None:
+        """As few new entries as possible: a listing that goes on meanwhile would meet what it has told, and might never end."""
+        here, there = (parent, name), (new_parent, new_name)
+        if parent == new_parent and not is_taken:
+            self._db.execute("UPDATE entries SET name=? WHERE parent=? AND name=?", (new_name, *here))
+            return
+        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", here)
+        if is_taken:
+            self._db.execute("UPDATE entries SET ino=? WHERE parent=? AND name=?", (ino, *there))
+        else:
+            self._enter(new_parent, new_name, ino)
+
+    def _count_move(self, parent: int, source: Inode, new_parent: int, now: int, op: int) -> None:
         links = 1 if stat.S_ISDIR(source.mode) else 0
-        self._db.execute("DELETE FROM entries WHERE parent=? AND name=?", (parent, name))
+        self._changed.add(source.ino)
         self._touch_folder(parent, now, -links, 0)
-        self._enter(new_parent, new_name, source.ino)
         self._touch_folder(new_parent, now, links, op)
         self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (now, source.ino))
 

@@ -32,6 +32,7 @@ cdef enum:
     FUSE_OPENDIR = 27
     FUSE_READDIR = 28
     FUSE_RELEASEDIR = 29
+    FUSE_FSYNCDIR = 30
     FUSE_CREATE = 35
     FUSE_INTERRUPT = 36
     FUSE_NOTIFY_REPLY = 41
@@ -127,6 +128,11 @@ ctypedef struct fuse_open_out:  # the end of the answers to OPEN and to CREATE
     uint64_t fh
     uint32_t open_flags
     int32_t backing_id
+
+ctypedef struct fuse_fsync_in:  # FSYNCDIR, too
+    uint64_t fh
+    uint32_t fsync_flags
+    uint32_t padding
 
 ctypedef struct fuse_io_in:  # READ, WRITE, READDIR, READDIRPLUS; the data of a WRITE follow
     uint64_t fh

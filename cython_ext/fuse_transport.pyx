@@ -345,10 +345,10 @@ cdef class Transport:
         return self.known.listings.wake_fd
 
     def next_listing(self):
-        """(unique number, folder, position, room in bytes) of a READDIRPLUS that answer_listing() must answer; None: none waits."""
+        """(unique number, folder, handle, position, room in bytes) of a READDIRPLUS that answer_listing() must answer; None: none."""
         cdef Listing one
         if listings_take(&self.known.listings, &one):
-            return one.unique, one.folder, one.position, one.room
+            return one.unique, one.folder, one.handle, one.position, one.room
 
     def answer_listing(self, uint64_t unique, const uint8_t[::1] entries, int code=0):
         """Entries, or the errno `code`. Whether the kernel took them."""
@@ -428,6 +428,8 @@ cdef class Transport:
         if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB
             listing.size = min(listing.size, <uint32_t>LISTING_BYTES)
         put_as_other(message)
+        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS, FUSE_FSYNCDIR):
+            listing.fh = head.nodeid  # Python's handle of a folder, which pyfuse3 tells it instead of the folder
         return self.forward(message, head.len, EIO)
 
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:

@@ -1,6 +1,6 @@
 # Requests for the entries of a folder (READDIRPLUS) that wait for Python, which answers each with one call and without pyfuse3.
 #
-# Owns: a ring of bounded size, and the eventfd that wakes Python. A .pxd of inline functions, compiled into fuse_transport.
+# Owns: a ring of bounded size, the eventfd that wakes Python, the numbers of open folders. A .pxd of inline functions, compiled into fuse_transport.
 # Knows no entry. Invariants: (1) What is refused is pyfuse3's: when the ring is full, the folders of .cascade, a request that is
 # sent again, and all before Python says that it takes them. (2) Each request is handed out once. (3) The mutex is held for a few
 # memory accesses only.
@@ -11,6 +11,7 @@ from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 from cython_ext.name_table cimport VIRTUAL_SHIFT
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
 cdef enum:
@@ -21,6 +22,7 @@ cdef enum:
 ctypedef struct Listing:
     uint64_t unique
     uint64_t folder
+    uint64_t handle
     uint64_t position
     uint32_t room
 
@@ -29,13 +31,17 @@ ctypedef struct ListingQueue:
     int wake_fd
     bint taken_by_python
     uint64_t put, taken
+    uint64_t last_handle
     Listing waiting[LISTINGS_MAX]
 
 
 cdef inline int listings_init(ListingQueue *queue) noexcept nogil:
     """0, or -1 when there is no descriptor left."""
+    cdef timespec now
     pthread_mutex_init(&queue.mutex, NULL)
     queue.taken_by_python, queue.put, queue.taken = False, 0, 0
+    clock_gettime(CLOCK_REALTIME, &now)  # folders that are open since an earlier worker have lower numbers
+    queue.last_handle = <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
     queue.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     return 0 if queue.wake_fd >= 0 else -1
 
@@ -44,6 +50,15 @@ cdef inline void listings_free(ListingQueue *queue) noexcept nogil:
     """Only when no other thread knows the queue any more."""
     close(queue.wake_fd)
     pthread_mutex_destroy(&queue.mutex)
+
+
+cdef inline uint64_t listings_open(ListingQueue *queue) noexcept nogil:
+    """A number for one more open folder."""
+    pthread_mutex_lock(&queue.mutex)
+    queue.last_handle += 1
+    cdef uint64_t handle = queue.last_handle
+    pthread_mutex_unlock(&queue.mutex)
+    return handle
 
 
 cdef inline bint listings_put(ListingQueue *queue, const uint8_t *message) noexcept nogil:
@@ -58,7 +73,7 @@ cdef inline bint listings_put(ListingQueue *queue, const uint8_t *message) noexc
     room = queue.taken_by_python and queue.put - queue.taken < LISTINGS_MAX
     if room:
         one = &queue.waiting[queue.put & (LISTINGS_MAX - 1)]
-        one.unique, one.folder, one.position = head.unique, head.nodeid, arg.offset
+        one.unique, one.folder, one.handle, one.position = head.unique, head.nodeid, arg.fh, arg.offset
         one.room = min(arg.size, <uint32_t>LISTING_BYTES)
         queue.put += 1
     pthread_mutex_unlock(&queue.mutex)

@@ -83,6 +83,8 @@ cdef inline size_t least_bytes(uint32_t opcode) noexcept nogil:
     """How long a request must be before the transport looks behind its header."""
     if opcode in (FUSE_READ, FUSE_WRITE, FUSE_READDIR, FUSE_READDIRPLUS):
         return sizeof(fuse_in_header) + sizeof(fuse_io_in)
+    if opcode == FUSE_FSYNCDIR:
+        return sizeof(fuse_in_header) + sizeof(fuse_fsync_in)
     if opcode == FUSE_GETXATTR:
         return sizeof(fuse_in_header) + sizeof(fuse_getxattr_in)
     if opcode == FUSE_FORGET:

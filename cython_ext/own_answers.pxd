@@ -9,7 +9,7 @@ from cython_ext.event_queue cimport EventQueue, events_free, events_init, events
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
-from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init
+from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init, listings_open
 from cython_ext.name_ring cimport (
     NamePool, NameRecord, Spare, answer_create, read_create, read_unlink, removals_pending, ring_free, ring_give, ring_init,
     ring_remove)
@@ -130,9 +130,13 @@ cdef inline bint open_file(Known *known, const uint8_t *message, fuse_open_out *
 
 
 cdef inline bint open_folder(Known *known, const fuse_in_header *head, fuse_open_out *answer) noexcept nogil:
-    """OPENDIR; its handle is its inode, so there is nothing to remember and nothing to release. Those of .cascade are Python's."""
-    answer.fh, answer.open_flags, answer.backing_id = head.nodeid, 0, 0
-    return known.listings.taken_by_python and not head.nodeid >> VIRTUAL_SHIFT
+    """OPENDIR; its handle tells listings apart and stands for nothing that must be released. Those of .cascade are Python's."""
+    if not known.listings.taken_by_python or head.nodeid >> VIRTUAL_SHIFT:
+        return False
+    answer.fh, answer.open_flags, answer.backing_id = 0, 0, 0
+    if head.opcode == FUSE_OPENDIR:
+        answer.fh = listings_open(&known.listings)
+    return True
 
 
 cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nogil:

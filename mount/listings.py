@@ -1,14 +1,17 @@
 """Answers to READDIRPLUS of real folders, each made by one statement and given to the kernel past pyfuse3.
 
-Owns: the dots, the lookup counts of what was listed, answers made ahead. Knows no format: ext/listing.pyx packs. `.cascade`,
-requests that are sent again and those that are too many come to operations.py `readdir` instead. Invariants:
+Owns: the dots, where each listing ends, the lookup counts of what was listed, answers made ahead. Knows no format:
+ext/listing.pyx packs. `.cascade`, requests that are sent again and those that are too many come to operations.py `readdir`
+instead. Invariants:
 (1) An answer is checked, counted and sent without an await. (2) An entry is counted as a lookup if the kernel took the answer;
 dots are not. (3) What was made ahead is used only if no row has changed since. Staged files change without us: they are looked
-at when the answer is sent.
+at when the answer is sent. (4) A listing tells each name once that was there when it began (or began again: rewinddir), is
+there still and kept its place (namespace.py); and it ends, whatever comes meanwhile. A new worker takes a new bound.
 """
 
 import logging
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -18,9 +21,20 @@ from cascadefs.ext import listing
 from cascadefs.mount.answered import Answered
 from cascadefs.mount.guard import errno_of
 from cascadefs.store import Store
+from cascadefs.types import Inode
 
 log = logging.getLogger(__name__)
 AHEAD_MAX = 8  # answers, for as many listings at once; 128 KiB each
+BOUNDS_MAX = 4096  # listings at once; the oldest of more than that is bounded anew
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a listing of a folder goes on, and the last entry it tells."""
+
+    folder: int
+    position: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +49,26 @@ class Part:
     changes: int
 
 
+class Bounds:
+    """The last entry that each listing tells. Nobody says when a folder is closed: the oldest bound makes room."""
+
+    def __init__(self, newest: Callable[[], int]) -> None:
+        self._newest = newest
+        self._last: dict[int, int] = {}
+
+    def of(self, handle: int, position: int) -> int:
+        """At the begin it is the newest entry of the moment."""
+        known = None if position == 0 else self._last.pop(handle, None)
+        last = self._last[handle] = self._newest() if known is None else known
+        while len(self._last) > BOUNDS_MAX:
+            del self._last[next(iter(self._last))]
+        return last
+
+    def is_new(self, handle: int, position: int) -> bool:
+        """Whether of() will take a bound: every name that was made before must have been entered by then."""
+        return position == 0 or handle not in self._last
+
+
 class Listings:
     """Those of one mount."""
 
@@ -44,7 +78,8 @@ class Listings:
         self.is_possible = store.database.has_function(listing.FUNCTION)
         residency = store.residency
         self._staged = os.fsencode(residency.memory.staged_folder), os.fsencode(residency.parking.staged_folder)
-        self._ahead: dict[tuple[int, int], Part] = {}  # by folder and position, in the order they were made
+        self.bounds = Bounds(self.names.last_entry)
+        self._ahead: dict[Place, Part] = {}  # in the order they were made
 
     async def serve(self) -> None:
         """Answer what comes. Without the function everything goes to pyfuse3."""
@@ -53,28 +88,37 @@ class Listings:
         wake_fd = self.transport.take_listings()
         while True:
             while (asked := self.transport.next_listing()) is not None:
-                request, folder, position, room = asked
-                answered = self._answer(request, folder, position, room)
+                request, folder, handle, position, room = asked
+                following = self._answer(request, folder, handle, position, room)
                 await trio.lowlevel.checkpoint()
-                if answered is not None and answered.inodes:
-                    self._make_ahead(folder, answered.end, room)
+                if following is not None:
+                    self._make_ahead(following, room)
             await trio.lowlevel.wait_readable(wake_fd)
 
-    def _answer(self, request: int, folder: int, position: int, room: int) -> Part | None:
-        """What the kernel was told; None when it was an error."""
+    def _answer(self, request: int, folder: int, handle: int, position: int, room: int) -> Place | None:
+        """What will be asked next; None when that was the end, or an error."""
         try:
             self.transport.take_replies()  # others need not wait for what follows
             self.answered.prepare("readdir")
-            if position == 0:
-                self.answered.catch_up()
+            last = self._last_to_tell(handle, position)
             dots = self._dots(folder, position)
-            part = self._part(folder, max(position, listing.DOTS), room - len(dots))
+            at = Place(folder, max(position, listing.DOTS), last)
+            part = self._part(at, room - len(dots))
             entries = listing.renewed(part.entries, *self._staged) if part.staged else part.entries
             self._tell(request, part.inodes, dots + entries if dots else entries)
         except Exception as e:
             self.transport.answer_listing(request, b"", errno_of("readdirplus", e))
             return None
-        return part
+        return Place(folder, part.end, at.last) if part.inodes else None
+
+    def _last_to_tell(self, handle: int, position: int) -> int:
+        if self.bounds.is_new(handle, position):
+            self.answered.catch_up()
+        return self.bounds.of(handle, position)
+
+    def listing(self, folder: int, after: int) -> Iterator[tuple[int, bytes, Inode]]:
+        """As Namespace.listing(), for pyfuse3: it tells no handles apart, so that whoever begins moves the end for all."""
+        return self.names.listing(folder, after, self._last_to_tell(folder, after))
 
     def _tell(self, request: int, inodes: list[int], entries: bytes) -> None:
         self.files.lookups.update(inodes)
@@ -89,26 +133,27 @@ class Listings:
                 found += self.names.packed(listing.FUNCTION, inode.ino, name, at - listing.DOTS)
         return found
 
-    def _part(self, folder: int, position: int, room: int) -> Part:
+    def _part(self, at: Place, room: int) -> Part:
         """What was made ahead, if that still holds and fits; else it is made now."""
-        ready = self._ahead.pop((folder, position), None)
+        ready = self._ahead.pop(at, None)
         if ready is not None and ready.changes == self._db.total_changes and len(ready.entries) <= room:
             return ready
-        return self._make(folder, position, room)
+        return self._make(at, room)
 
-    def _make(self, folder: int, position: int, room: int) -> Part:
+    def _make(self, at: Place, room: int) -> Part:
         most = room // listing.ENTRY_BYTES
-        entries = self.names.packed_listing(listing.FUNCTION, folder, position - listing.DOTS, room, most)
+        after = at.position - listing.DOTS
+        entries = self.names.packed_listing(listing.FUNCTION, at.folder, after, at.last, room, most)
         inodes, staged, end = listing.told(entries)
         return Part(entries, inodes, staged, end, self._db.total_changes)
 
-    def _make_ahead(self, folder: int, position: int, room: int) -> None:
+    def _make_ahead(self, at: Place, room: int) -> None:
         """While the kernel and the caller work on an answer, on another core, the next one is made."""
         try:
-            part = self._make(folder, position, room)
+            part = self._make(at, room)
         except Exception as e:  # whoever asks for it will be told
             log.debug("a listing could not be made ahead: %s", e)
             return
-        self._ahead[folder, position] = part
+        self._ahead[at] = part
         while len(self._ahead) > AHEAD_MAX:
             del self._ahead[next(iter(self._ahead))]

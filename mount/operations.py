@@ -254,7 +254,8 @@ class Operations(pyfuse3.Operations):
         for position, name in ((1, b"."), (2, b"..")):
             if position > after and (inode := source.lookup(folder, name)) is not None:
                 yield position, name, inode
-        for cookie, name, inode in source.listing(folder, max(0, after - DOTS)):
+        entries = self.virtual if is_virtual(folder) else self.listings
+        for cookie, name, inode in entries.listing(folder, max(0, after - DOTS)):
             yield cookie + DOTS, name, inode
 
     async def releasedir(self, fh: int) -> None:

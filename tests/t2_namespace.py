@@ -136,3 +136,37 @@ def test_a_store_of_before_gets_the_later_columns(tmp_path):
     assert names.born_ns(ino) is None and names.is_done(ino, 0)
     assert names.born_ns(names.make(ROOT, b"g", FILE, 0, 0).ino) is not None
     now.close()
+
+def test_a_name_keeps_its_place_until_it_is_removed(namespace):
+    made = {name: namespace.make(ROOT, name, FILE, 0, 0).ino for name in (b"a", b"b", b"c")}
+    places = {name: cookie for cookie, name, _ in namespace.listing(ROOT, 0)}
+    other = namespace.make(ROOT, b"d", FOLDER, 0, 0).ino
+    for folder in (ROOT, other):
+        new = namespace.make(folder, b"tmp", FILE, 0, 0).ino
+        namespace.rename(folder, b"tmp", ROOT, b"b", 0)  # replaced from near and far
+        assert namespace.lookup(ROOT, b"b").ino == new
+    assert namespace.find(made[b"b"]).nlink == 0 and namespace.get(new).nlink == 1
+    namespace.rename(ROOT, b"c", ROOT, b"c.bak", 0)
+    namespace.rename(ROOT, b"a", ROOT, b"b", RENAME_EXCHANGE)
+    now = {name: cookie for cookie, name, _ in namespace.listing(ROOT, 0, max(places.values()))}
+    assert now == {b"a": places[b"a"], b"b": places[b"b"], b"c.bak": places[b"c"]}
+    assert namespace.lookup(ROOT, b"c") is None and namespace.lookup(ROOT, b"c.bak").ino == made[b"c"]
+
+
+def test_a_listing_ends_at_what_was_there(namespace):
+    """As a listing in pages does: whatever is done with what was told, it is told once, and the end is reached."""
+    names = {b"%04d" % n for n in range(700)}
+    for name in names:
+        namespace.make(ROOT, name, FILE, 0, 0)
+    last, told = namespace.last_entry(), list[bytes]()
+    for at, (_, name, _) in enumerate(namespace.listing(ROOT, 0, last)):
+        told.append(name)
+        if at % 3 == 0:
+            namespace.make(ROOT, b"tmp", FILE, 0, 0)
+            namespace.rename(ROOT, b"tmp", ROOT, name, 0)
+        elif at % 3 == 1:
+            namespace.rename(ROOT, name, ROOT, name + b".bak", 0)
+        else:
+            namespace.unlink(ROOT, name)
+            namespace.make(ROOT, name, FILE, 0, 0)
+    assert len(told) == len(names) and set(told) == names

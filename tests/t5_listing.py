@@ -18,11 +18,12 @@ from cascadefs.bench.ops import Statx
 from cascadefs.database import Database
 from cascadefs.ext import listing
 from cascadefs.mount.attributes import BLOCK, FOLDER_BLOCK, SETTLED_S, STAGED_S
-from cascadefs.namespace import ROOT, Namespace
+from cascadefs.mount.listings import BOUNDS_MAX, Bounds
+from cascadefs.namespace import NO_BOUND, ROOT, Namespace
 from cascadefs.store import Store
 from cascadefs.types import Home
 
-OPENDIR, RELEASEDIR, READDIRPLUS = 27, 29, 44
+OPENDIR, RELEASEDIR, FSYNCDIR, READDIRPLUS = 27, 29, 30, 44
 ENTRY, ATTRIBUTES, DIRENT = struct.Struct("<4Q2I"), struct.Struct("<6Q10I"), struct.Struct("<2Q2I")  # linux/fuse.h
 TIMES = (0, 1, -1, 10**9, -(10**9) - 7, 1_700_000_000_123_456_789, (1 << 63) - 1, -(1 << 63))
 U64 = (1 << 64) - 1
@@ -68,7 +69,7 @@ def test_the_kernel_packs_what_its_twin_packs(names, seed):
     rows = list(names.listing(ROOT, 0))
     for room in (512, 4096, 32 << 10, 128 << 10):
         after, found = 0, list[bytes]()
-        while entries := names.packed_listing(listing.FUNCTION, ROOT, after, room, room // listing.ENTRY_BYTES):
+        while entries := names.packed_listing(listing.FUNCTION, ROOT, after, NO_BOUND, room, room // listing.ENTRY_BYTES):
             inodes, staged, end = listing.told(entries)
             part = rows[len(found) : len(found) + len(inodes)]
             assert staged == any(inode.home for _, _, inode in part)
@@ -100,7 +101,7 @@ def test_staged_files_are_looked_at_as_python_does(settings):
         for cookie, name, inode in store.namespace.listing(ROOT, 0):
             rows.append(packed(cookie, name, store.files.with_staged(inode)))
         folders = [os.fsencode(t.staged_folder) for t in (store.residency.memory, store.residency.parking)]
-        entries = store.namespace.packed_listing(listing.FUNCTION, ROOT, 0, 1 << 20, 1000)
+        entries = store.namespace.packed_listing(listing.FUNCTION, ROOT, 0, NO_BOUND, 1 << 20, 1000)
         assert listing.renewed(entries, *folders) == b"".join(rows)
         with pytest.raises(NotADirectoryError):
             listing.renewed(entries, b"/dev/null", b"/dev/null")
@@ -152,7 +153,7 @@ def test_listings_wait_for_python_and_are_answered_past_pyfuse3(wire):
     assert wire.forwarded()[0] == READDIRPLUS  # nobody has said yet that they are taken
     wake_fd = wire.transport.take_listings()
     ask(wire, READDIRPLUS, io_body(5, 77, 1 << 20), folder=5, unique=10)
-    assert next_listing(wire, wake_fd) == (10, 5, 77, 128 << 10)
+    assert next_listing(wire, wake_fd) == (10, 5, 5, 77, 128 << 10)
     assert wire.transport.next_listing() is None
     assert not select.select([wake_fd], [], [], 0)[0]
     entries = os.urandom(100_000)
@@ -166,11 +167,11 @@ def test_what_python_does_not_take_goes_to_pyfuse3(wire):
     for opcode, folder, unique in ((READDIRPLUS, 1 << 61, 8), (READDIRPLUS, ROOT, 1 << 63 | 8), (READDIR, ROOT, 8)):
         ask(wire, opcode, io_body(5, 0, 1 << 20), folder, unique)
         kind, body = wire.forwarded()
-        assert kind == opcode and struct.unpack_from("<QQI", body)[2] == 128 << 10
+        assert kind == opcode and struct.unpack_from("<QQI", body) == (folder, 0, 128 << 10)
     for unique in range(256):
         ask(wire, READDIRPLUS, io_body(5, 0, 4096), unique=unique)
     ask(wire, READDIRPLUS, io_body(5, 1, 4096), unique=256)
-    assert wire.forwarded() == (READDIRPLUS, io_body(5, 1, 4096))
+    assert wire.forwarded() == (READDIRPLUS, io_body(ROOT, 1, 4096))
     assert [next_listing(wire, wake_fd)[0]] + [wire.transport.next_listing()[0] for _ in range(255)] == list(range(256))
     assert wire.transport.next_listing() is None
 
@@ -180,12 +181,30 @@ def test_folders_are_opened_and_closed_without_python(wire):
     assert wire.forwarded()[0] == OPENDIR
     wire.transport.take_listings()
     ask(wire, OPENDIR, bytes(8), folder=9)
-    assert wire.answered() == (0, 8, struct.pack("<QIi", 9, 0, 0))
+    code, unique, first = wire.answered()
+    ask(wire, OPENDIR, bytes(8), folder=9)
+    assert (code, unique) == (0, 8) and first[8:] == bytes(8)
+    assert wire.answered()[2] == struct.pack("<QIi", struct.unpack_from("<Q", first)[0] + 1, 0, 0)
+    ask(wire, FSYNCDIR, struct.pack("<QII", 5, 1, 0), folder=9)
+    assert wire.forwarded() == (FSYNCDIR, struct.pack("<QII", 9, 1, 0))
     ask(wire, RELEASEDIR, bytes(24), folder=9)
     assert wire.answered() == (0, 8, b"")
     for opcode in (OPENDIR, RELEASEDIR):
         ask(wire, opcode, bytes(24), folder=1 << 61)
         assert wire.forwarded()[0] == opcode
+
+
+def test_each_listing_has_an_end_of_its_own():
+    newest = [7]
+    bounds = Bounds(lambda: newest[0])
+    assert bounds.is_new(1, 5) and bounds.of(1, 0) == 7
+    newest[0] = 9
+    assert not bounds.is_new(1, 5) and bounds.of(1, 5) == 7 and bounds.of(2, 5) == 9
+    newest[0] = 11
+    assert bounds.is_new(1, 0) and bounds.of(1, 0) == 11 and bounds.of(2, 6) == 9
+    for handle in range(100, 100 + BOUNDS_MAX - 1):
+        bounds.of(handle, 0)
+    assert not bounds.is_new(2, 6) and bounds.is_new(1, 5) and bounds.of(2, 6) == 9
 
 
 # --- on a mount
