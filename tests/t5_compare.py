@@ -19,6 +19,7 @@ from conftest import CASCADEFS, need_root_and_fuse
 import cascadefs.bench.compare
 from cascadefs.bench.compare import host, kv, plots, presets, rows, runner, show
 from cascadefs.bench.compare.adapter import Safety, Service, Shape, all_systems, drop_page_cache
+from cascadefs.bench.compare.systems import pdc
 from cascadefs.bench.compare.systems.memcpy import Memcpy
 from cascadefs.bench.targets import default_setup
 from cascadefs.errors import UserError
@@ -177,14 +178,24 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_folder(tmp_path):
     assert not left and not list(tmp_path.iterdir())
 
 
+def test_no_two_ranks_of_pdc_share_a_server():
+    """PDC itself is rarely there: what keeps them apart is that each finds its server by a file in its own folder."""
+    folders = [pdc.rank_folder("/room/pdc", rank) for rank in range(3)]
+    assert len(set(folders)) == 3 and all(folder.parent == Path("/room/pdc") for folder in folders)
+    for name in ("PDC_TMPDIR", "PDC_DATA_LOC"):
+        assert len({pdc._environment(folder)[name] for folder in folders}) == 3
+
+
 # --- rows
 
 
-def made_row(name, safety=Safety.KERNEL, **figures):
+def made_row(name, safety=Safety.KERNEL, repeats=3, **figures):
     shape = SMALL
     system = type("Made", (Memcpy,), {"name": name, "title": name, "safety": safety, "reference": False})
     rates = {"write_s": 1.0, "flush_s": 1.0, "hot_s": 1.0, "cold_s": None} | figures
-    result = runner.Result(system, shape, [runner.Sample(**rates, stored_bytes=shape.total_bytes // 2)] * 3)
+    each = [{key: value[i] if isinstance(value, list) else value for key, value in rates.items()} for i in range(repeats)]
+    samples = [runner.Sample(**one, stored_bytes=shape.total_bytes // 2) for one in each]
+    result = runner.Result(system, shape, samples)
     return rows.row(result, "made")
 
 
@@ -205,9 +216,33 @@ def test_writes_are_compared_at_the_same_durability():
         made_row("slow", Safety.PROCESS, write_s=3.0),
     ]
     assert rows.verdict(table, table[0]) == ""
-    assert rows.verdict(table, table[2]) == "behind: write 0.50, cold read 0.50"
-    assert rows.against(table, table[3]) == {"write_gbs": pytest.approx(0.5), "read_hot_gbs": pytest.approx(2.0)}
+    assert rows.verdict(table, table[2]) == "behind: write, cold read"
+    found = {name: ratio.median for name, ratio in rows.against(table, table[3]).items()}
+    assert found == {"write_gbs": pytest.approx(0.5), "read_hot_gbs": pytest.approx(2.0)}
     assert rows.verdict(table, table[4]) == "ahead"
+
+
+def test_who_leads_is_judged_within_each_repeat():
+    """A machine that is now fast and now slow: medians of the figures would say the opposite."""
+    mood = [1.0, 5.0, 1.0, 5.0, 9.0, 1.0, 7.0, 3.0, 5.0]
+    ours = made_row("cascadefs", repeats=9, write_s=mood, hot_s=[m * 2 for m in mood])
+    other = made_row("other", repeats=9, write_s=[m * 1.25 for m in mood], hot_s=mood, cold_s=mood)
+    found = rows.against([ours, other], other)
+    assert set(found) == {"write_gbs", "read_hot_gbs"}
+    assert (found["write_gbs"].median, found["write_gbs"].low) == (pytest.approx(1.25), pytest.approx(1.25))
+    assert rows.verdict([ours, other], other) == "behind: hot read"
+    like = made_row("like", repeats=9, write_s=[m * f for m, f in zip(mood, [0.9, 1.2] * 4 + [1.1], strict=True)], hot_s=1e9)
+    assert rows.verdict([ours, like], like) == "level: write"
+    document = rows.document([ours, like], {}, [])["rows"][1]
+    assert document["cascadefs_is"] == {"write_gbs": "level", "read_hot_gbs": "ahead"}
+    assert document["cascadefs_over_it_spread"]["write_gbs"] == (pytest.approx(0.9), pytest.approx(1.2))
+
+
+@pytest.mark.parametrize(("count", "cut"), [(1, 0), (3, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (17, 4), (20, 5)])
+def test_the_interval_is_that_of_the_sign_test(count, cut):
+    """Tabulated: the ranks that bound a median with 95 % confidence."""
+    found = rows.paired([float(n) for n in range(1, count + 1)], [1.0] * count)
+    assert (found.low, found.high) == (1 + cut, count - cut)
 
 
 def test_rows_of_other_shapes_are_never_compared():

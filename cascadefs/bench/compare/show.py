@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from cascadefs.bench.compare.rows import Row, same_shape, verdict
+from cascadefs.bench.compare.rows import FIGURES, Row, against, same_shape, verdict
 from cascadefs.bench.io import size_text
 
-HEADINGS = ("system", "write", "hot read", "cold read", "write + flush", "stored", "durable after put", "cascadefs is")
+SHOWN = ("write", "hot read", "cold read")
+PAIRED = tuple(f"x {name}" for name in SHOWN)
+HEADINGS = ("system", *SHOWN, "write + flush", "stored", "durable after put", *PAIRED, "cascadefs is")
 RATES = ("write_gbs", "read_hot_gbs", "read_cold_gbs", "write_flush_gbs")
-TEXT_COLUMNS = {0, 6, 7}
+TEXT_COLUMNS = {0, 6, 10}
 
 
 def _rate(row: Row, name: str) -> str:
@@ -25,9 +27,11 @@ def _rate(row: Row, name: str) -> str:
 def cells(rows: Sequence[Row], row: Row) -> tuple[str, ...]:
     """One line."""
     if row.status != "measured":
-        return (row.title, "", "", "", "", "", row.durable, row.status)
+        return (row.title, *[""] * 5, row.durable, *[""] * 3, row.status)
     stored = "-" if row.stored_ratio is None else f"{row.stored_ratio:.2f}"
-    return (row.title, *(_rate(row, name) for name in RATES), stored, row.durable, verdict(rows, row))
+    ratios = against(rows, row)
+    paired = (str(ratios[name]) if name in ratios else "" for name in FIGURES)
+    return (row.title, *(_rate(row, name) for name in RATES), stored, row.durable, *paired, verdict(rows, row))
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -50,7 +54,7 @@ def caption(group: Sequence[Row]) -> str:
     return (
         f"{row.preset}: {row.ranks} ranks x {row.blocks} blocks of {size_text(row.block_bytes)},"
         f" {row.duplicates:.0%} of them not unique; GB/s, medians of {repeats} ± half of their span;"
-        f" stored: bytes occupied over bytes put"
+        f" stored: bytes occupied over bytes put; x: cascadefs over it in the same repeat, median and 95 % interval"
     )
 
 

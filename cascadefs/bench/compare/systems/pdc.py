@@ -1,7 +1,8 @@
 """PDC: a real pdc_server on loopback, driven through libpdc.so; $PDC_DIR names the installation, else the PATH leads there.
 
-Owns: starting and ending the server, the few calls of its C interface that whole objects need. PDC is built with MPICH;
-each rank is an MPI singleton. An object is one buffer: stage() joins keys and values.
+Owns: starting and ending the servers, the few calls of its C interface that whole objects need. PDC is built with MPICH. Each
+rank is an MPI singleton and calls itself client 0, so that two at one server are taken for one and die: each has a server and
+a folder of its own. An object is one buffer: stage() joins keys and values.
 """
 
 import ctypes
@@ -9,8 +10,9 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,28 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
+def rank_folder(address: str, rank: int) -> Path:
+    """Where the server of a rank runs, and the rank itself: it finds the server by a file in there."""
+    return Path(address) / f"rank-{rank}"
+
+
+@contextmanager
+def _server(home: Path, folder: Path) -> Iterator[Callable[[], None]]:
+    """One server in a new folder, on its way up; waits until it is ready when what is given is called."""
+    for name in ("tmp", "data"):
+        (folder / name).mkdir(parents=True)
+    environ, log = os.environ | _environment(folder), folder / "server.log"
+    with (
+        open(log, "wb") as output,
+        subprocess.Popen([home / SERVER], cwd=folder, env=environ, stdout=output, stderr=output) as server,
+    ):
+        try:
+            yield partial(_wait, server, log)
+            subprocess.run([home / CLOSER], cwd=folder, env=environ, capture_output=True, timeout=END_S, check=False)
+        finally:
+            server.kill()
+
+
 def _wait(server: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end and server.poll() is None:
@@ -68,7 +92,7 @@ def _wait(server: subprocess.Popen[bytes], log: Path) -> None:
 
 @register
 class Pdc(StorageAdapter):
-    """One container, one object a block."""
+    """One server and one container a rank, one object a block."""
 
     name, title, durable, safety = "pdc", "PDC", "server memory", Safety.PROCESS
 
@@ -84,25 +108,18 @@ class Pdc(StorageAdapter):
     def serve(cls, room: Room, shape: Shape) -> Iterator[Service]:
         home, folder = _home(), room.disk / cls.name
         assert home is not None, "missing() was asked"
-        for name in ("tmp", "data"):
-            (folder / name).mkdir(parents=True)
-        environ, log = os.environ | _environment(folder), folder / "server.log"
-        with (
-            open(log, "wb") as output,
-            subprocess.Popen([home / SERVER], cwd=folder, env=environ, stdout=output, stderr=output) as server,
-        ):
-            try:
-                _wait(server, log)
-                yield Service(str(folder), None, lambda: occupied_bytes(folder / "data"))
-                subprocess.run([home / CLOSER], cwd=folder, env=environ, capture_output=True, timeout=END_S, check=False)
-            finally:
-                server.kill()
+        folders = [rank_folder(str(folder), rank) for rank in range(shape.ranks)]
+        with ExitStack() as stack:
+            for wait in [stack.enter_context(_server(home, one)) for one in folders]:
+                wait()
+            yield Service(str(folder), None, lambda: sum(occupied_bytes(one / "data") for one in folders))
 
     def initialize(self, address: str, rank: int, shape: Shape) -> None:
         home = _home()
         assert home is not None, "missing() was asked"
-        os.environ |= _environment(Path(address))  # putenv: the C library reads it there
-        os.chdir(address)
+        folder = rank_folder(address, rank)
+        os.environ |= _environment(folder)  # putenv: the C library reads it there
+        os.chdir(folder)
         ctypes.CDLL(MPI, mode=ctypes.RTLD_GLOBAL).MPI_Init(None, None)
         self.calls: Any = ctypes.CDLL(str(home / LIBRARY), mode=ctypes.RTLD_GLOBAL)
         for name, (result, arguments) in FUNCTIONS.items():
