@@ -8,7 +8,7 @@ Owns: the grants. Each holds its inode's source open (live.py) like a user of it
 (3) Sealing makes the staged file the object's copy: the same file, so the grant stays. Where it does not (nothing in it, or a
     copy is there) the grant is recalled first.
 (4) There are at most LIMIT and what one round of spares adds, each with a descriptor: the one opened longest ago goes. Before
-    objects are evicted all go.
+    objects are evicted those of objects go.
 """
 
 import logging
@@ -78,10 +78,12 @@ class Grants:
             self.transport.ring()
 
     def give_wanted(self) -> None:
-        """Give some of those that are wanted; none, and take all back, when memory is short. None while somebody waits for a
-        flush: for small files they cost as much as the flush itself."""
+        """Give some of those that are wanted; none, and take those of objects back, when memory is short. None while somebody
+        waits for a flush: for small files they cost as much as the flush itself."""
         if self._memory_is_short:
-            self.end_all()
+            self._memory_is_short = False
+            self._wanted.clear()
+            self.end(*(ino for ino, source in self._sources.items() if source.digest is not None))
         self.trim()
         if self.store.mover.is_awaited or not self._wanted:
             return
@@ -201,8 +203,7 @@ class Grants:
         self._let_go(ino)
 
     def end_all(self) -> None:
-        """Objects that nobody has open are not held in memory by a grant afterwards."""
-        self._memory_is_short = False
+        """Nothing that nobody has open is held in memory by a grant afterwards."""
         self._wanted.clear()
         self.end(*self._sources)
 

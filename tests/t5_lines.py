@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cascadefs.bench import cold, growth, hashing, io, lines, ops, portable, round_trip
+from cascadefs.bench import cold, fresh, growth, hashing, io, lines, ops, portable, round_trip
 from cascadefs.bench.lines import Goal
 from cascadefs.bench.targets import CASCADE, HUGE
 
@@ -45,6 +45,7 @@ def test_scaling_is_a_gain_beside_the_gain_of_raw_memory():
 def test_every_goal_names_a_measure_that_exists():
     sets = [
         (ops.goals(ops.FULL), io.units([*ops.measures(ops.FULL), *ops.listings(ops.FULL)])),
+        (fresh.goals(), io.units(fresh.measures(fresh.FULL))),
         (cold.goals(6), io.units(cold.measures(6, 1))),
         (hashing.goals(io.GIB), io.units(hashing.measures(io.GIB))),
         (portable.goals(io.MIB), io.units(portable.measures(io.MIB))),
@@ -102,6 +103,19 @@ def test_a_stat_that_asks_and_names_that_are_absent(tmp_path):
     assert statx(os.fsencode(tmp_path / "f")) and not statx(os.fsencode(tmp_path / "g"))
     assert ops.median_us(statx, [os.fsencode(tmp_path / "f")] * 5) > 0
     assert ops.list_all(tmp_path) > 0
+
+
+def test_a_percentile_is_a_sample():
+    assert fresh.percentile_us(range(1000, 201_000, 1000), 0.5) == 101
+    assert fresh.percentile_us(range(1000, 201_000, 1000), 0.99) == 199
+    assert fresh.percentile_us([7000], 0.99) == 7
+
+
+def test_somebody_puts_until_it_is_enough(tmp_path):
+    with fresh.puts(tmp_path):
+        assert (tmp_path / "p000000").stat().st_size == fresh.SIZE
+    left = len(list(tmp_path.iterdir()))
+    assert 1 <= left <= fresh.PUTS_MOST
 
 
 def test_processor_time_of_this_process_grows():

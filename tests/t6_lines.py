@@ -7,11 +7,12 @@ import pytest
 from tests.conftest import cascadefs, need_root_and_fuse
 
 COMMANDS = {
-    "ops": ("--quick", "--names", "50"),
-    "cold": ("--quick",),
-    "hashing": ("--quick",),
-    "portable": ("--quick",),
-    "growth": ("--up-to", "300"),
+    "ops": ("ops", "--quick", "--names", "50"),
+    "fresh": ("ops", "--fresh", "--quick"),
+    "cold": ("cold", "--quick"),
+    "hashing": ("hashing", "--quick"),
+    "portable": ("portable", "--quick"),
+    "growth": ("growth", "--up-to", "300"),
 }
 
 
@@ -20,7 +21,7 @@ def test_a_command_measures_all_its_lines(tmp_path, name):
     need_root_and_fuse()
     stores = tmp_path / "stores"
     stores.mkdir()
-    done = cascadefs("bench", name, *COMMANDS[name], "--json", tmp_path / "out.json", "--store", stores)
+    done = cascadefs("bench", *COMMANDS[name], "--json", tmp_path / "out.json", "--store", stores)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["machine"]["cores"] and document["machine"]["round_trip"]["one_core_us"] > 0 and document["method"]
