@@ -27,6 +27,7 @@ from cascadefs.namespace import ROOT
 from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
 from cascadefs.scan import Found
 from cascadefs.tiers.cold import ColdTier
+from cascadefs.tiers.owner import tier_of
 from cascadefs.types import EMPTY_OID, Home
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -211,7 +212,7 @@ class Rebuilder:
     def __init__(self, store: Path, shm_dir: Path, progress: Progress) -> None:
         self.store, self.progress = store, progress
         self.identity = read_identity(store / "store.json")
-        self.memory = shm_dir / f"cascadefs-{self.identity.store_id[:16]}"
+        self.memory = tier_of(store, shm_dir, self.identity.store_id) or store / "rebuilding"  # which has none
         self.blocks: dict[Key, Found] = {}
         self.manifests: list[tuple[Manifest, Found]] = []
         self.sizes: dict[int, int] = {}

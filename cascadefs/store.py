@@ -31,8 +31,9 @@ from cascadefs.residency import Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
 from cascadefs.tiers.cold import ColdTier
+from cascadefs.tiers.owner import Claim
 from cascadefs.tiers.parking import Parking
-from cascadefs.tiers.shm import ShmTier
+from cascadefs.tiers.shm import ShmTier, drop_folder
 from cascadefs.types import Inode
 from cascadefs.verifier import Verifier
 
@@ -68,11 +69,12 @@ class Store:
 
     def _put_together(self, keep_orphans: bool, first_ino: int) -> None:
         settings, identity = self.settings, self.database.identity
-        memory = ShmTier(settings.shm_dir / f"cascadefs-{identity.store_id[:16]}", settings.shm_size)
+        index = Index(self.database)
+        memory = ShmTier(self._claim_memory(index, keep_orphans), settings.shm_size)
         parking = Parking(settings.store / "parking")
         cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
         media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
-        self.residency = Residency(Index(self.database), memory, parking, cold, Lru(), Sources())
+        self.residency = Residency(index, memory, parking, cold, Lru(), Sources())
         self.files = Files(settings, self.database, self.residency, first_ino)
         self.ring = NameRing(memory.folder)
         self.pending = self.ring.pending(self.ring.put)  # just before everything, or an earlier worker of a mount, died
@@ -81,6 +83,27 @@ class Store:
             self.ring.settle(self.ring.put)
         self.recovered = self.database.reserve.lend(partial(recover, self.files, keep_orphans))
         self.database.reserve.fill()
+
+    def _claim_memory(self, index: Index, goes_on: bool) -> Claim:
+        """The memory tier of this copy of the store. `goes_on`: a mount lives that has it."""
+        settings = self.settings
+        claim = Claim(settings.store, settings.shm_dir, self.database.identity.store_id)
+        old = claim.folder
+        if claim.is_elsewhere and not goes_on:
+            if self._needs_memory(index):
+                claim.notes.append(f"the memory tier stays at {old}: it holds what is not durable, until a flush and umount")
+            else:
+                claim.begin_anew()
+        self.database.reserve.lend(claim.take_over if goes_on else claim.announce)
+        if claim.folder != old:
+            drop_folder(old)
+        for note in claim.notes:
+            log.warning("%s", note)
+        return claim
+
+    def _needs_memory(self, index: Index) -> bool:
+        """Whether anything is only in memory, or in parking."""
+        return bool(index.dirty(1) or index.staged_inodes())
 
     async def run(self) -> None:
         """Seal, flush, evict, read ahead, and verify when asked, until cancelled."""
@@ -99,12 +122,23 @@ class Store:
         with suppress(OSError):  # copies that stay are dropped by the next opening
             self.residency.tidy_later()
         self.mover.journal.close()
+        is_durable = self._is_durable()
         self.ring.close()
+        memory = self.residency.memory
+        memory.claim.leave(memory.folder, is_durable, until=0)
+        memory.claim.close()
         self.database.close()
+
+    def _is_durable(self) -> bool:
+        """Whether the extents have all that memory has."""
+        try:
+            return not self._needs_memory(self.index) and not self.ring.pending(self.ring.put)
+        except OSError:
+            return False  # an index that cannot be read
 
     def release_memory(self) -> None:
         """Give the memory tier back. Only after flush() and when nothing is open."""
-        if self.index.dirty(1) or self.index.staged_inodes():
+        if self._needs_memory(self.index):
             log.warning("the memory tier is kept: it holds what is not yet durable")
             return
         self.residency.memory.release()

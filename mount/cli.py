@@ -36,6 +36,7 @@ ELSEWHERE = {
     "fsck": ("check_cli", "fsck"),
     "verify": ("check_cli", "verify"),
     "rebuild-index": ("check_cli", "rebuild_index"),
+    "new-id": ("stores_cli", "new_id"),
 }
 
 

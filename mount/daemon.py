@@ -134,6 +134,7 @@ class Daemon:
             f"  gpu   none (no cupy or no CUDA device)\n"
             f"  shm   {size} at {memory.folder} ({huge})\n"
             f"  cold  {settings.store}{' (Lustre, striped)' if self.store.residency.cold.on_lustre else ''}"
+            + "".join(f"\n{note}" for note in memory.claim.notes)
         )
 
     async def run(self, report: Report) -> None:
@@ -303,7 +304,8 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
         start_log(wanted)
         if kept is None:
             kind = "p" if worker.device.privileged else "u"
-            socket.send_fds(door, [f"{kind}{worker.device.number}".encode()], [worker.device.fd])
+            fds = [worker.device.fd, worker.store.residency.memory.claim.lock_fd]
+            socket.send_fds(door, [f"{kind}{worker.device.number}".encode()], fds)
         door.close()
         trio.run(worker.run, tell, strict_exception_groups=True)
     except UserError as e:

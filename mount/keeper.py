@@ -141,7 +141,8 @@ class Keeper:
             os.close(report)
         with ours:
             if self.device is None:
-                word, received, _, _ = socket.recv_fds(ours, 64, 1)
+                # The second is the memory tier's lock, which is held while we live.
+                word, received, _, _ = socket.recv_fds(ours, 64, 2)
                 self.device = Device(received[0], word[:1] == b"p", word[1:].decode()) if received else None
                 if received:
                     daemon.start_log(self.wanted)

@@ -131,8 +131,7 @@ class Mount:
 
     @property
     def memory(self) -> Path:
-        identity = json.loads((self.store / "store.json").read_text())
-        return Path("/dev/shm") / f"cascadefs-{identity['store_id'][:16]}"
+        return Path(json.loads((self.store / "memory.json").read_text())["folder"])
 
     def wipe_memory(self) -> None:
         for folder in self.memory.iterdir():
@@ -141,7 +140,7 @@ class Mount:
     def clean(self) -> None:
         if self.path in set(device.mounts()) and cascadefs("umount", self.path, "--drop-memory").returncode:
             device.unmount(self.path, lazy=True)
-        if (self.store / "store.json").exists() and self.memory.exists():
+        if (self.store / "memory.json").exists() and self.memory.exists():
             subprocess.run(["umount", "-l", self.memory], check=False, capture_output=True)
             shutil.rmtree(self.memory, ignore_errors=True)
 

@@ -5,11 +5,14 @@ import shutil
 import stat
 import subprocess
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import trio
 
 from cascadefs.namespace import ROOT
 from cascadefs.store import Store
+from cascadefs.tiers import owner
 
 
 @asynccontextmanager
@@ -52,6 +55,15 @@ def wipe_memory(settings):
     for folder in memory_of(settings):
         for part in folder.iterdir():
             shutil.rmtree(part)
+
+
+def move_in(store, shm_dir):
+    """A store and its memory tier that were copied together belong together, as if they had been moved."""
+    here, memory = os.stat(store), owner.read_memory(store)
+    folder = shm_dir / Path(memory.folder).name
+    known = owner.read_owner(folder)
+    owner.write_memory(store, replace(memory, folder=str(folder), device=here.st_dev, inode=here.st_ino))
+    owner.write_owner(folder, replace(known, device=here.st_dev, inode=here.st_ino))
 
 
 def unmount_memory(settings):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import flips
 import pytest
-from stores import flip, memory_of, opened, wipe_memory
+from stores import flip, memory_of, move_in, opened, wipe_memory
 
 from cascadefs import fsck
 from cascadefs.config import MIB, Settings
@@ -160,6 +160,7 @@ def kept_copy(settings, base):
     """Store and memory as they are now, for flips.py; the reserve has no content."""
     shutil.copytree(settings.store, base / "store", ignore=shutil.ignore_patterns("reserve"))
     shutil.copytree(settings.shm_dir, base / "shm")
+    move_in(base / "store", base / "shm")
 
 
 async def furnish_smallest(settings, killed):

@@ -18,7 +18,9 @@ from cascadefs.fsck.names import check_counts, check_namespace
 from cascadefs.fsck.repair import Repairer
 from cascadefs.fsck.report import Finding, Places, Progress, Report
 from cascadefs.fsck.tiers import Copies
+from cascadefs.tiers.owner import tier_of
 
+NO_MEMORY = "no-memory"  # a name that a store never has
 CLEAN, REPAIRED, DAMAGED = 0, 1, 2  # exit codes
 
 
@@ -44,7 +46,7 @@ def check(store: Path, shm_dir: Path, progress: Progress) -> tuple[Report, Place
     if text is None:
         return report, Places(store, shm_dir)
     store_id, secret, block_bytes = identity_of(text)
-    places = Places(store, shm_dir / f"cascadefs-{store_id[:16]}")
+    places = Places(store, tier_of(store, shm_dir, store_id) or store / NO_MEMORY)
     progress("index", 0, 1)
     image = check_index(store, report)
     progress("index", 1, 1)

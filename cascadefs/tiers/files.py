@@ -19,6 +19,7 @@ from cascadefs import media
 from cascadefs.doors import is_ours
 from cascadefs.ext import digest_names
 
+PARTS = ("staged", "objects", "private")
 _DIGEST, _NUMBER = re.compile("[0-9a-f]{32}"), re.compile("[1-9][0-9]{0,17}")
 NO_LEASES = (errno.EINVAL, errno.EOPNOTSUPP)  # of a filesystem such as NFS, which parking may lie on
 log = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ class FileTier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in (folder, folder / "staged", folder / "objects", folder / "private"):
+        for part in (folder, *(folder / name for name in PARTS)):
             media.make_folder(part)
-        self.staged_folder, self._objects, self._private = (str(folder / part) for part in ("staged", "objects", "private"))
+        self.staged_folder, self._objects, self._private = (str(folder / part) for part in PARTS)
         # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
         self.objects, others = digest_names.listed(self._objects)
         for name in others:

@@ -1,6 +1,6 @@
 """The memory tier: a FileTier on a tmpfs of our own with huge pages, or on a plain folder in /dev/shm without privilege.
 
-Owns: the tmpfs mount at /dev/shm/cascadefs-<store id>. Invariants:
+Owns: the tmpfs mounted at the folder that owner.py has claimed. Invariants:
 (1) The tmpfs may hold more than the capacity, for writers that outrun eviction: the kernel writes to it without asking
     us, so its hard limit is the capacity plus BURST_SHARE of the memory that is free now.
 (2) Without a mount of our own, usage is summed over the files; with one, the kernel counts it.
@@ -16,7 +16,8 @@ from pathlib import Path
 from cascadefs import media
 from cascadefs.doors import private_folder
 from cascadefs.name_ring import PLACE as NAMES
-from cascadefs.tiers.files import FileTier
+from cascadefs.tiers.files import PARTS, FileTier
+from cascadefs.tiers.owner import Claim, unsign
 from cascadefs.tiers.pages import PageSizes
 
 BURST_SHARE = 0.5
@@ -45,8 +46,12 @@ def _mount_tmpfs(folder: Path, flags: int, size_bytes: int) -> str | None:
 class ShmTier(FileTier):
     """A FileTier with a capacity. `huge` tells whether it has huge pages, `why_not` why it has not."""
 
-    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+    def __init__(self, claim: Claim, capacity_bytes: int) -> None:
+        """In the folder of `claim`, which the store has announced."""
+        self.claim, folder = claim, claim.folder
         private_folder(folder)
+        if not os.path.ismount(folder):
+            claim.sign(folder)  # below the tmpfs, for those who do not see that: another mount namespace
         self.capacity_bytes = capacity_bytes
         self._used, self._counted_until = 0, 0.0
         limit = capacity_bytes + int(available_memory() * BURST_SHARE)
@@ -54,6 +59,8 @@ class ShmTier(FileTier):
         self.why_not = _mount_tmpfs(folder, flags, limit)
         self.own_mount = os.path.ismount(folder)
         self.huge = self.own_mount and self.why_not is None
+        claim.hold(folder)
+        claim.sign(folder)
         self.pages = PageSizes(folder if self.huge else None)
         super().__init__(folder)
 
@@ -83,14 +90,30 @@ class ShmTier(FileTier):
 
     def release(self) -> None:
         """Give the memory back: every copy goes. Only after everything is durable."""
-        for digest in list(self.objects):
-            self.drop(digest)
-        for ino in self.private():
-            self.drop_private(ino)
-        with contextlib.suppress(FileNotFoundError):
-            self.folder.joinpath(*NAMES).unlink()
-            (self.folder / NAMES[0]).rmdir()
-        if self.own_mount and _libc.umount2(os.fsencode(self.folder), MNT_DETACH):
-            log.warning("the memory tier %s stays mounted: %s", self.folder, os.strerror(ctypes.get_errno()))
-        with contextlib.suppress(OSError):  # it holds what release() did not know of: then it stays
-            self.folder.rmdir()
+        self.objects.clear()
+        self.claim.close()
+        drop_folder(self.folder)
+
+
+def drop_folder(folder: Path) -> None:
+    """A memory tier goes, with all that it knows of; what else somebody put there stays, and the folder with it."""
+    with contextlib.suppress(OSError):
+        _empty(folder)
+    if os.path.ismount(folder):
+        if _libc.umount2(os.fsencode(folder), MNT_DETACH):
+            log.warning("the memory tier %s stays mounted: %s", folder, os.strerror(ctypes.get_errno()))
+            return
+        with contextlib.suppress(OSError):
+            unsign(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for part in (*PARTS, NAMES[0]):
+        if (folder / part).is_dir() and not (folder / part).is_symlink():
+            for name in os.listdir(folder / part):
+                with contextlib.suppress(IsADirectoryError):
+                    media.remove(folder / part / name)
+            os.rmdir(folder / part)
+    unsign(folder)
