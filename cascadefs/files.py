@@ -20,6 +20,7 @@ from functools import partial
 import trio
 
 from cascadefs import media
+from cascadefs.adrift import Adrift
 from cascadefs.bulk import Bulk, Waiting
 from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
@@ -49,6 +50,7 @@ class Files:
         self.sources: Sources = residency.sources
         self.owners = Owners(residency)
         self.read_ahead = ReadAhead(residency, settings.promote_limit)
+        self.adrift = Adrift(residency, self.namespace, self.seal_soon)
         self.gaps = Gaps(residency.memory, residency.memory.pages)
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
@@ -76,6 +78,17 @@ class Files:
         """The file that holds the staged bytes of an inode."""
         return self.residency.tier_of(inode.home).staged_path(inode.ino)
 
+    def open_staged(self, inode: Inode) -> int:
+        """A read-only descriptor of the staged bytes of an inode, which the caller closes."""
+        fd = self.adrift.open(inode.ino)
+        return media.open_file(self.staged_path(inode), os.O_RDONLY) if fd is None else fd
+
+    def _truncate_staged(self, inode: Inode, size_bytes: int, by_handle: bool = True) -> None:
+        if (adrift := self.adrift.path(inode.ino)) is not None:
+            os.truncate(adrift, size_bytes)
+        else:
+            media.truncate(self.staged_path(inode), size_bytes, by_handle)
+
     def quiet_s(self, now: float) -> float:
         """Seconds since the last open or close, or since a look found more memory used: writers that the kernel serves say
         nothing between the two."""
@@ -99,7 +112,7 @@ class Files:
                 await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
             elif truncate:
-                media.truncate(self.staged_path(inode), 0)
+                self._truncate_staged(inode, 0)
             handle = live.enter(await self._new_source_for(inode), writable)
             if writable:
                 self._look_for_gaps(ino)
@@ -290,7 +303,7 @@ class Files:
         if (source := self.sources.of(inode.ino)) is not None:
             return self.sources.share(source)
         if inode.home:
-            return self.sources.take(inode.ino, partial(media.open_file, self.staged_path(inode), os.O_RDONLY))
+            return self.sources.take(inode.ino, partial(self.open_staged, inode))
         return of_object(inode.ino, self.index.object(inode.oid)) if inode.oid is not None else None
 
     # --- object -> staged: a writer comes
@@ -323,6 +336,7 @@ class Files:
             self.residency.tidy([found.digest])
         if cut_at is not None:  # not before the row says so: until then these bytes may be the only copy of the object
             media.truncate(path, cut_at)
+        self.adrift.look(inode.ino)  # a source of a copy whose name is gone goes on as the inode's file
         if live.directs:
             self.left_stream(inode.ino)
 
@@ -331,7 +345,7 @@ class Files:
         try:
             return self.residency.tier_of(home).create_staged(ino), home
         except OSError as e:
-            if home == Home.COLD or e.errno not in NO_ROOM:
+            if home == Home.COLD or e.errno not in (*NO_ROOM, errno.ENOENT):  # somebody took the folder away: loss.py
                 raise
         return self.residency.parking.create_staged(ino), Home.COLD
 
@@ -359,7 +373,7 @@ class Files:
             except OSError as e:
                 with contextlib.suppress(OSError):
                     tier.drop_staged(ino)
-                if home == Home.COLD or e.errno not in NO_ROOM:
+                if home == Home.COLD or e.errno not in (*NO_ROOM, errno.ENOENT):
                     raise
                 home = Home.COLD
             else:
@@ -377,7 +391,7 @@ class Files:
                 self.unchanged.discard(ino)
                 inode = self.attributes(ino)
                 if inode.home:
-                    media.truncate(self.staged_path(inode), size_bytes, by_handle)
+                    self._truncate_staged(inode, size_bytes, by_handle)
                 elif inode.size == size_bytes and not by_handle:
                     self._touch(inode)
                 else:
@@ -410,7 +424,9 @@ class Files:
         try:
             found = os.lstat(self.staged_path(inode))
         except FileNotFoundError:  # a creation that failed half-way, and whose name could not be taken back
-            return inode
+            if not self.adrift.look(inode.ino):
+                return inode
+            found = os.stat(self.adrift.path(inode.ino) or "")
         changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
@@ -422,7 +438,8 @@ class Files:
         mtime = inode.mtime_ns if mtime_ns is None else mtime_ns
         atime, mtime = (max(-TIME_LIMIT, min(TIME_LIMIT, t)) for t in (atime, mtime))
         if inode.home:
-            os.utime(self.staged_path(inode), ns=(atime, mtime), follow_symlinks=False)
+            adrift = self.adrift.path(ino)
+            os.utime(adrift or self.staged_path(inode), ns=(atime, mtime), follow_symlinks=adrift is not None)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
 
 

@@ -183,7 +183,7 @@ class Fsyncs:
         inode = self._files.namespace.find(ino)
         if inode is None or not inode.home:
             return []
-        fd = media.open_file(self._files.staged_path(inode), os.O_RDONLY)
+        fd = self._files.open_staged(inode)
         domain = self._sealer.domain(inode)
         places = {} if domain else shared
         is_near = inode.home == Home.MEMORY

@@ -89,6 +89,11 @@ class Index:
         """Inodes whose bytes are staged."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE home > 0")]
 
+    def count_staged(self, home: int) -> int:
+        """How many have them in that home."""
+        count: int = self._db.execute("SELECT count(*) FROM inodes WHERE home=?", (home,)).fetchone()[0]
+        return count
+
     def inodes_of(self, oid: int, limit: int = -1) -> list[int]:
         """Inodes that show an object; not more than `limit`."""
         return [row[0] for row in self._db.execute("SELECT ino FROM inodes WHERE oid=? LIMIT ?", (oid, limit))]

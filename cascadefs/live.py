@@ -102,6 +102,7 @@ class Sources:
         self._of: dict[int, Source] = {}
         self._of_object: dict[bytes, Source] = {}
         self.closing: Callable[[Source], None] = lambda source: None
+        self.leaving: Callable[[Source], None] = lambda source: None  # before that; the inode still has it
 
     def __len__(self) -> int:
         return len(self._of)
@@ -136,6 +137,7 @@ class Sources:
         source.users -= 1
         if source.users:
             return
+        self.leaving(source)
         self.turn(source, None)
         del self._of[source.ino]
         self.closing(source)

@@ -67,6 +67,7 @@ class Mover:
         self._untold = False  # whether something went straight to the extent and no manifest has been written since
         self._event = trio.Event()
         files.wake = self._wake
+        self.look_at_memory: Callable[[], None] = lambda: None  # loss.py
 
     def _wake(self) -> None:
         self._event.set()
@@ -145,6 +146,7 @@ class Mover:
         rests = False
         while True:
             try:
+                self.look_at_memory()
                 rests = self.files.quiet_s(time.monotonic()) > RESTS_AFTER_S
                 self.residency.make_room()
                 self.files.gaps.look_again()

@@ -11,6 +11,7 @@ answers CREATE and UNLINK by itself; without a mount nobody writes. Knows no ind
 """
 
 import contextlib
+import ctypes
 import logging
 import mmap
 import os
@@ -23,7 +24,10 @@ from typing import TypeAlias
 
 from cascadefs.config import NAME_MAX
 from cascadefs.doors import open_private, private_folder
+from cascadefs.errors import os_error
 
+MAP_FIXED = 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
 log = logging.getLogger(__name__)
 PLACE = ("names", "ring")  # folder and file, in the folder of the memory tier
 RECORDS = 1 << 11
@@ -128,12 +132,45 @@ class NameRing:
             if fresh:
                 os.ftruncate(fd, RING_BYTES)
             self.memory = mmap.mmap(fd, RING_BYTES)
+            self._file = os.fstat(fd)
         finally:
             os.close(fd)
         if not makes_sense(self.memory):
             if not fresh:
                 log.warning("the ring of names makes no sense and is begun anew")
             self.memory[: _HEAD.size] = _HEAD.pack(MAGIC, 0, 0)
+
+    def is_there(self) -> bool:
+        """Whether the file still has its name."""
+        try:
+            return os.path.samestat(self._file, os.lstat(self._path))
+        except OSError:
+            return False
+
+    def renew(self, folder: Path) -> None:
+        """Its file was taken away: another one takes its place under the same addresses, so that the transport need not know."""
+        private_folder(folder / PLACE[0])
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        fd = open_private(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            os.ftruncate(fd, RING_BYTES)
+            before = mmap.mmap(-1, RING_BYTES)
+            before[:] = self.memory[:]
+            os.pwrite(fd, before, 0)
+            self._map_over(fd)
+            self._file = os.fstat(fd)
+            before.close()
+        finally:
+            os.close(fd)
+
+    def _map_over(self, fd: int) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        flags = mmap.MAP_SHARED | MAP_FIXED
+        _libc.mmap.restype = ctypes.c_void_p
+        _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        if _libc.mmap(address, RING_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
+            raise os_error(ctypes.get_errno(), str(self._path))
 
     def pending(self, put: int) -> list[Change]:
         """What is not settled of the first `put`, in the order it happened."""

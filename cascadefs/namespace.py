@@ -360,6 +360,10 @@ class Namespace:
             self._db.execute("DELETE FROM xattrs WHERE ino=?", (ino,))
             self._db.execute("DELETE FROM inodes WHERE ino=? AND nlink=0", (ino,))
 
+    def names_of(self, ino: int) -> list[tuple[int, bytes]]:
+        """(folder, name) of each."""
+        return self._db.execute("SELECT parent, name FROM entries WHERE ino=?", (ino,)).fetchall()
+
     def remove_all_names(self, ino: int) -> None:
         """Recovery: a file whose content was never durable is absent after the loss of memory."""
         with self._database.transaction():

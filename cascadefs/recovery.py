@@ -99,7 +99,7 @@ def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
         files.to_seal[inode.ino] = 0.0
         result.staged += 1
     else:
-        _fall_back(files, inode, result)
+        fall_back(files, inode, result)
 
 
 def _part_twins(files: Files) -> None:
@@ -122,7 +122,7 @@ def _check_dirty(files: Files, found: Object, result: Recovered) -> None:
             return
         files.residency.drop(tier, found.digest)
     for ino in files.index.inodes_of(found.oid):
-        _fall_back(files, files.namespace.get(ino), result)
+        fall_back(files, files.namespace.get(ino), result)
 
 
 def _is_whole(files: Files, tier: FileTier, found: Object) -> bool:
@@ -143,7 +143,8 @@ def _is_whole(files: Files, tier: FileTier, found: Object) -> bool:
         os.close(fd)
 
 
-def _fall_back(files: Files, inode: Inode, result: Recovered) -> None:
+def fall_back(files: Files, inode: Inode, result: Recovered) -> None:
+    """The inode shows its durable version, or loses its names."""
     if inode.durable_oid is None:
         files.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
         files.namespace.remove_all_names(inode.ino)

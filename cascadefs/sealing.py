@@ -160,7 +160,7 @@ class Sealer:
         for live in held:
             if live.ino not in found:
                 outcome.sealed.add(live.ino)
-            elif live.writers:
+            elif live.writers or live.ino in self.files.adrift:
                 outcome.busy.add(live.ino)
             else:
                 inode = found[live.ino]
@@ -409,7 +409,7 @@ class Sealer:
             raise os_error(errno.EFBIG, f"inode {ino}")
         namespace = self.files.namespace
         holder = namespace.make_holder(ORPHAN_MODE, self.residency.home_for_new())
-        source = media.open_file(self.files.staged_path(inode), os.O_RDONLY)
+        source = self.files.open_staged(inode)
         live = self.files.of(holder.ino)
         try:
             async with live.lock:

@@ -22,6 +22,7 @@ from cascadefs.errors import StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Handle, Sources
+from cascadefs.loss import Loss
 from cascadefs.mover import Mover
 from cascadefs.name_ring import NameRing
 from cascadefs.namespace import ROOT
@@ -63,6 +64,8 @@ class Store:
         self.namespace, self.index = self.files.namespace, self.residency.index
         self.sealer = Sealer(self.files)
         self.mover = Mover(self.files, self.sealer)
+        self.loss = Loss(self.files, self.ring)
+        self.mover.look_at_memory = self.loss.look
         self.streams = Streams(self.files)
         self.verifier = Verifier(self.files, self.mover)
         self.residency.healer.paths_of = self._paths_of_block
@@ -115,7 +118,13 @@ class Store:
 
     async def flush(self) -> None:
         """Everything closed before is durable in the cold tier afterwards."""
-        await self.mover.flush_all()
+        self.loss.look(count=True)
+        try:
+            await self.mover.flush_all()
+        except FileNotFoundError:  # it was emptied meanwhile
+            self.loss.suspected = True
+            self.loss.look(count=True)
+            await self.mover.flush_all()
 
     def close(self) -> None:
         """Close the database and release the lock. What is not flushed stays in memory and is found by the next opening."""
@@ -126,6 +135,7 @@ class Store:
         self.ring.close()
         memory = self.residency.memory
         memory.claim.leave(memory.folder, is_durable, until=0)
+        memory.stop_watching()
         memory.claim.close()
         self.database.close()
 

@@ -47,7 +47,7 @@ class Streams:
         while True:
             inode = self.files.namespace.get(ino)
             if inode.home:
-                return await self._read_file(self.files.staged_path(inode), offset, size)
+                return await self._read_file(self.files.open_staged(inode), offset, size)
             wanted = min(size, max(0, inode.size - offset)) if inode.oid is not None else 0
             data = await self.read_object(inode.oid, offset, wanted) if inode.oid is not None else b""
             if len(data) == wanted or self.files.namespace.get(ino).oid == inode.oid:
@@ -77,8 +77,7 @@ class Streams:
             offset, size = offset + len(part), size - len(part)
         return b"".join(parts)
 
-    async def _read_file(self, path: str, offset: int, size: int) -> bytes:
-        fd = media.open_file(path, os.O_RDONLY)
+    async def _read_file(self, fd: int, offset: int, size: int) -> bytes:
         try:
             return await trio.to_thread.run_sync(_read_fully, fd, offset, size)
         finally:

@@ -215,6 +215,8 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     _draw_tiers(found["tiers"])
     for line in found["trouble"]:
         click.echo(f"trouble: {line}")
+    for line in found["memory_notes"]:
+        click.echo(f"memory: {line}")
     if found["last_error"]:
         click.echo(f"last error: {found['last_error']}")
 

@@ -29,7 +29,7 @@ from cascadefs.config import Configuration
 from cascadefs.errors import UserError
 from cascadefs.ext import listing
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
-from cascadefs.mount import device
+from cascadefs.mount import device, lost_memory
 from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
@@ -157,6 +157,7 @@ class Daemon:
             self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
             once = Once(self.table, transport, self.store.namespace)
             self.operations = Operations(self.store, self.handles, self.virtual, once)
+            lost_memory.attach(self.store, self.operations.answered)
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
                 self.operations.answered.inherit()

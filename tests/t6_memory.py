@@ -1,7 +1,9 @@
 """Memory tiers as users meet them: stores that were copied, and mounted at once or in turn, also after a crash."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 from conftest import MODES, Mount, cascadefs, need_root_and_fuse
@@ -66,3 +68,39 @@ def test_a_copy_can_be_told_to_be_a_store_of_its_own(two):
     refused = cascadefs("new-id", other.store)
     assert refused.returncode == 1 and "in use by a live mount" in refused.stderr
     assert cascadefs("new-id", other.path).stderr.startswith("cascadefs: ")
+
+
+def empty(mount):
+    for name in os.listdir(mount.memory):
+        shutil.rmtree(mount.memory / name)
+
+
+def test_a_tier_that_somebody_empties_is_noticed_and_made_anew(mount):
+    mount.start()
+    (mount.path / "durable").write_text("of before")
+    mount.flush()
+    (mount.path / "closed").write_text("only in memory")
+    with open(mount.path / "open", "w") as file:
+        file.write("first, ")
+        file.flush()
+        empty(mount)
+        (mount.path / "next").write_text("made before it is noticed")
+        file.write("then")
+    wait_until(lambda: mount.status()["memory_notes"])
+    assert "emptied by somebody else" in mount.status()["memory_notes"][0]
+    mount.flush()
+    assert (mount.path / "open").read_text() == "first, then"
+    assert (mount.path / "durable").read_text() == "of before"
+    assert (mount.path / "next").read_text() == "made before it is noticed"
+    (mount.path / "after").write_text("goes on")
+    mount.kill_worker()
+    assert (mount.path / "after").read_text() == "goes on"
+    mount.stop()
+    assert {path.name for path in mount.start().path.iterdir()} - {"closed"} == {"after", "durable", "next", "open"}
+
+
+def wait_until(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -30,8 +30,7 @@ class FileTier:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in (folder, *(folder / name for name in PARTS)):
-            media.make_folder(part)
+        self.make_folders(folder)
         self.staged_folder, self._objects, self._private = (str(folder / part) for part in PARTS)
         # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
         self.objects, others = digest_names.listed(self._objects)
@@ -41,6 +40,11 @@ class FileTier:
                 self.objects[bytes.fromhex(name)] = 0
             else:
                 _remove_foreign(path)
+
+    def make_folders(self, folder: Path) -> None:
+        """Those that are missing."""
+        for part in (folder, *(folder / name for name in PARTS)):
+            media.make_folder(part)
 
     def staged_path(self, ino: int) -> str:
         """Where the mutable bytes of an inode lie."""
@@ -53,6 +57,10 @@ class FileTier:
     def private_path(self, ino: int) -> str:
         """Where the file lies, or has a second name, that serves an inode and no other."""
         return f"{self._private}/{ino}"
+
+    def names(self) -> set[bytes]:
+        """Digests of the objects whose copies are here, as the folder says."""
+        return set(digest_names.listed(self._objects)[0])
 
     def staged(self) -> list[int]:
         """Inodes with a staged file here. What is no such file is removed."""

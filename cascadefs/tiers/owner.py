@@ -246,6 +246,13 @@ class Claim:
         else:
             self._token = self.memory.token
 
+    def begin_again(self) -> None:
+        """The folder was taken away, or emptied, by somebody else: the same one is made anew. StoreError when it is another
+        store's by now."""
+        owner = read_owner(self.folder) if self.folder.exists() else None
+        if owner is not None and (owner.device, owner.inode) != self._place:
+            raise StoreError(f"the memory tier {self.folder} is another store's now; unmount and mount again")
+
     def sign(self, folder: Path) -> None:
         """The tier says whose it is, and that it may hold what nobody else has."""
         write_owner(folder, Owner(os.path.abspath(self._store), *self._place, self._store_id, self._token))

@@ -21,6 +21,7 @@ from cascadefs.tiers.owner import Claim, unsign
 from cascadefs.tiers.pages import PageSizes
 
 BURST_SHARE = 0.5
+DIRENT_BYTES, TMPFS_MAGIC = 20, 0x01021994
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MNT_DETACH = 2, 4, 32, 2
 log = logging.getLogger(__name__)
@@ -48,21 +49,26 @@ class ShmTier(FileTier):
 
     def __init__(self, claim: Claim, capacity_bytes: int) -> None:
         """In the folder of `claim`, which the store has announced."""
-        self.claim, folder = claim, claim.folder
+        self.claim, self.capacity_bytes = claim, capacity_bytes
+        self._used, self._counted_until = 0, 0.0
+        self._watched: dict[str, int] = {}
+        self._mount(claim.folder)
+        self.pages = PageSizes(claim.folder if self.huge else None)
+        super().__init__(claim.folder)
+        self._watch()
+
+    def _mount(self, folder: Path) -> None:
         private_folder(folder)
+        claim = self.claim
         if not os.path.ismount(folder):
             claim.sign(folder)  # below the tmpfs, for those who do not see that: another mount namespace
-        self.capacity_bytes = capacity_bytes
-        self._used, self._counted_until = 0, 0.0
-        limit = capacity_bytes + int(available_memory() * BURST_SHARE)
+        limit = self.capacity_bytes + int(available_memory() * BURST_SHARE)
         flags = MS_NOSUID | MS_NODEV | (MS_REMOUNT if os.path.ismount(folder) else 0)
         self.why_not = _mount_tmpfs(folder, flags, limit)
         self.own_mount = os.path.ismount(folder)
         self.huge = self.own_mount and self.why_not is None
         claim.hold(folder)
         claim.sign(folder)
-        self.pages = PageSizes(folder if self.huge else None)
-        super().__init__(folder)
 
     def used_bytes(self) -> int:
         """Bytes in memory; a few milliseconds old, because every create asks."""
@@ -78,6 +84,39 @@ class ShmTier(FileTier):
         space = os.statvfs(self.folder)
         return (space.f_blocks - space.f_bfree) * space.f_frsize
 
+    def is_whole(self) -> bool:
+        """Whether the folders are where they were made."""
+        try:
+            return all(os.path.samestat(os.fstat(fd), os.stat(path)) for path, fd in self._watched.items())
+        except OSError:
+            return False
+
+    def lacks(self, staged: int) -> bool:
+        """Whether there are fewer files than there must be. tmpfs tells it by the size of a folder, others do not."""
+        sizes = [(path, os.stat(path).st_size) for path in (self.staged_folder, self._objects)]
+        if not self._counts or any(size % DIRENT_BYTES for _, size in sizes):
+            return False
+        return any(size // DIRENT_BYTES < known for (_, size), known in zip(sizes, (staged, len(self.objects)), strict=True))
+
+    def _watch(self) -> None:
+        self.stop_watching()
+        for path in (str(self.folder), self.staged_folder, self._objects, self._private):
+            self._watched[path] = media.open_file(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._counts = media.filesystem_magic(self.folder) == TMPFS_MAGIC
+
+    def stop_watching(self) -> None:
+        """The store is closed."""
+        while self._watched:
+            os.close(self._watched.popitem()[1])
+
+    def renew(self) -> None:
+        """Make anew, in its place, what somebody has taken away."""
+        self.claim.begin_again()
+        self._mount(self.claim.folder)
+        self.make_folders(self.claim.folder)
+        self._watch()
+        self._counted_until = 0.0
+
     def copy_in(self, source_fd: int, path: str) -> None:
         """As FileTier.copy_in(); a hole would become part of a huge page."""
         with self.pages.small() if media.has_gaps(os.fstat(source_fd)) else contextlib.nullcontext():
@@ -91,6 +130,7 @@ class ShmTier(FileTier):
     def release(self) -> None:
         """Give the memory back: every copy goes. Only after everything is durable."""
         self.objects.clear()
+        self.stop_watching()
         self.claim.close()
         drop_folder(self.folder)
 

@@ -1,0 +1,127 @@
+"""The memory tier is emptied, or loses some files, while a store is open: what is open is kept, the rest is as after a crash."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import trio
+from recount import recount
+from stores import opened
+
+from cascadefs.namespace import ROOT
+
+
+def empty(folder):
+    for name in os.listdir(folder):
+        shutil.rmtree(folder / name)
+
+
+def umount(folder):
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def take_files(folder):
+    for part in ("staged", "objects", "private", "names"):
+        for path in (folder / part).iterdir():
+            path.unlink()
+
+
+WAYS = {"emptied": empty, "unmounted": umount, "files": take_files}
+
+
+@pytest.fixture(params=list(WAYS))
+def emptied(request):
+    return WAYS[request.param]
+
+
+async def names_in(store):
+    return {name.decode(): await store.get(name.decode()) for _, name, _ in store.namespace.listing(ROOT, 0)}
+
+
+async def test_what_was_durable_is_shown_again_and_the_rest_is_absent(slow_seal, emptied):
+    async with opened(slow_seal) as store:
+        await store.put("durable", b"d" * 9000)
+        await store.put("newer", b"old" * 900)
+        await store.flush()
+        await store.put("newer", b"new" * 900)
+        await store.put("absent", b"a" * 9000)
+        emptied(store.residency.memory.folder)
+        store.loss.look(count=True)
+        assert await names_in(store) == {"durable": b"d" * 9000, "newer": b"old" * 900}
+        assert "emptied by somebody else" in store.residency.memory.claim.notes[0] and store.loss.times == 1
+        await store.put("after", b"goes on" * 99)
+        await store.flush()
+        store.loss.look(count=True)
+        assert store.loss.times == 1
+    async with opened(slow_seal) as store:
+        assert await names_in(store) == {"durable": b"d" * 9000, "newer": b"old" * 900, "after": b"goes on" * 99}
+        await store.flush()
+        folder = store.residency.memory.folder
+    assert recount(slow_seal.store, folder) == []
+
+
+async def test_it_is_noticed_without_being_asked(slow_seal, emptied):
+    async with opened(slow_seal) as store:
+        await store.put("f", b"x" * 9000)
+        emptied(store.residency.memory.folder)
+        with trio.fail_after(60):
+            while not store.loss.times:
+                await trio.sleep(0.01)
+        assert await names_in(store) == {}
+
+
+@pytest.mark.parametrize("reader", [False, True])
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_what_is_open_is_not_lost(slow_seal, emptied, noticed, reader):
+    async with opened(slow_seal) as store:
+        await store.put("f", b"0" * 9000)
+        ino = store.find("f").ino
+        handle = await store.files.open(ino, writable=not reader)
+        expected = b"0" * 9000 if reader else b"w" * 20000
+        emptied(store.residency.memory.folder)
+        if noticed:
+            store.loss.look(count=True)
+        if not reader:
+            fd = os.open(f"/proc/self/fd/{handle.source.fd}", os.O_RDWR)
+            os.pwrite(fd, expected, 0)
+            os.close(fd)
+        if noticed:
+            assert store.files.attributes(ino).size == len(expected)
+            await store.mover.fsync(ino)
+            assert await store.get("f") == expected
+            await store.files.truncate(ino, len(expected))
+        store.files.release(handle)
+        await store.flush()
+        assert await store.get("f") == expected
+        assert not len(store.files.sources)
+
+
+async def test_an_object_that_is_open_is_not_lost(slow_seal, emptied):
+    async with opened(slow_seal) as store:
+        await store.put("f", b"o" * 9000)
+        ino = store.find("f").ino
+        assert await store.sealer.seal(ino)
+        reader = await store.files.open(ino, writable=False)
+        emptied(store.residency.memory.folder)
+        store.loss.look(count=True)
+        writer = await store.files.open(ino, writable=True)
+        fd = os.open(f"/proc/self/fd/{writer.source.fd}", os.O_RDWR)
+        os.pwrite(fd, b"W", 0)
+        os.close(fd)
+        assert os.pread(reader.source.fd, 2, 0) == b"Wo"
+        store.files.release(writer)
+        store.files.release(reader)
+        await store.flush()
+        assert await store.get("f") == b"W" + b"o" * 8999
+
+
+async def test_names_that_the_transport_told_are_not_lost_with_the_ring(slow_seal):
+    async with opened(slow_seal) as store:
+        before = bytes(store.ring.memory)
+        empty(store.residency.memory.folder)
+        store.loss.look()
+        assert bytes(store.ring.memory) == before and store.ring.is_there()
+        store.ring.memory[200:203] = b"new"
+        path = store.residency.memory.folder / "names/ring"
+        assert path.read_bytes()[200:203] == b"new"
