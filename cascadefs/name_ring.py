@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from cascadefs.config import NAME_MAX
 from cascadefs.doors import open_private, private_folder
-from cascadefs.errors import os_error
+from cascadefs.errors import StoreError, os_error
 
 MAP_FIXED = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -119,6 +119,14 @@ def makes_sense(memory: bytes | mmap.mmap) -> bool:
     return bool(magic == MAGIC and put - RECORDS <= done <= put)
 
 
+def _take_space(fd: int, folder: Path) -> None:
+    """Writing to a mapping in a full tmpfs would end the process."""
+    try:
+        os.posix_fallocate(fd, 0, RING_BYTES)
+    except OSError as e:
+        raise StoreError(f"the memory tier {folder} has no space ({e.strerror}); free some there or give another shm_dir") from e
+
+
 class NameRing:
     """The ring of one memory tier, mapped."""
 
@@ -131,6 +139,7 @@ class NameRing:
             fresh = os.fstat(fd).st_size != RING_BYTES
             if fresh:
                 os.ftruncate(fd, RING_BYTES)
+            _take_space(fd, folder)
             self.memory = mmap.mmap(fd, RING_BYTES)
             self._file = os.fstat(fd)
         finally:
@@ -155,6 +164,7 @@ class NameRing:
         fd = open_private(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.ftruncate(fd, RING_BYTES)
+            _take_space(fd, folder)
             before = mmap.mmap(-1, RING_BYTES)
             before[:] = self.memory[:]
             os.pwrite(fd, before, 0)

@@ -101,7 +101,8 @@ class Residency:
 
     def home_for_new(self) -> Home:
         """Where the next staged file goes."""
-        fits = scheduler.stage_in_memory(self.memory.capacity_bytes, self.memory.used_bytes())
+        used = self.memory.used_bytes()
+        fits = self.memory.is_roomy and scheduler.stage_in_memory(self.memory.capacity_bytes, used)
         return Home.MEMORY if fits else Home.COLD
 
     def under_pressure(self) -> bool:

@@ -74,6 +74,9 @@ class Store:
         settings, identity = self.settings, self.database.identity
         index = Index(self.database)
         memory = ShmTier(self._claim_memory(index, keep_orphans), settings.shm_size)
+        if shortage := memory.shortage():
+            memory.claim.notes.append(shortage)
+            log.warning("%s", shortage)
         parking = Parking(settings.store / "parking")
         cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
         media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost

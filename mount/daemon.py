@@ -103,6 +103,8 @@ class Daemon:
             return False, "passthrough needs root of the machine, this is a user namespace"
         if not self.session.wanted:
             return False, "passthrough needs root (CAP_SYS_ADMIN)"
+        if shortage := self.store.residency.memory.shortage():
+            return False, f"{shortage}: the kernel would write past that"
         if kernel_release() < PASSTHROUGH_SINCE:
             return False, f"passthrough needs Linux 6.9, this is {os.uname().release}"
         return True, ""

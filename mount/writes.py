@@ -67,8 +67,18 @@ class Writes:
         except OSError as e:
             if e.errno not in _FULL:
                 raise
+            await self._make_room_and_put(opened, data, offset)
+
+    async def _make_room_and_put(self, opened: Opened, data: bytes, offset: int) -> None:
+        for may_wait in (True, False):
             self.store.residency.make_room(len(data))
-            await trio.to_thread.run_sync(_write_fully, opened.fd, data, offset)
+            try:
+                await trio.to_thread.run_sync(_write_fully, opened.fd, data, offset)
+                return
+            except OSError as e:
+                if e.errno not in _FULL or not may_wait:
+                    raise
+            await self.store.flush()  # what others have closed becomes clean, and can go
 
     async def allocate(self, asked: bytes) -> None:
         """A FALLOCATE of a file that has privileges. The kernel does not tell who asks: whoever opened it, we say."""

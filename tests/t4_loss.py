@@ -1,4 +1,4 @@
-"""The memory tier is emptied, or loses some files, while a store is open: what is open is kept, the rest is as after a crash."""
+"""The memory tier is emptied, or loses files, while a store is open: what is open is kept, the rest is as after a crash."""
 
 import os
 import shutil

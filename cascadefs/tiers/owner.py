@@ -255,7 +255,11 @@ class Claim:
 
     def sign(self, folder: Path) -> None:
         """The tier says whose it is, and that it may hold what nobody else has."""
-        write_owner(folder, Owner(os.path.abspath(self._store), *self._place, self._store_id, self._token))
+        try:
+            write_owner(folder, Owner(os.path.abspath(self._store), *self._place, self._store_id, self._token))
+        except OSError as e:
+            what = f"the memory tier {folder} cannot be used: {e.strerror}"
+            raise StoreError(f"{what}; free space there or give another shm_dir") from e
 
     def hold(self, folder: Path) -> None:
         """Share the lock from now on."""

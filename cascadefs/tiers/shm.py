@@ -3,7 +3,8 @@
 Owns: the tmpfs mounted at the folder that owner.py has claimed. Invariants:
 (1) The tmpfs may hold more than the capacity, for writers that outrun eviction: the kernel writes to it without asking
     us, so its hard limit is the capacity plus BURST_SHARE of the memory that is free now.
-(2) Without a mount of our own, usage is summed over the files; with one, the kernel counts it.
+(2) Without a mount of our own, usage is summed over the files; with one, the kernel counts it. Then others have a part of
+    that filesystem: the capacity is what is left of it at the moment, if that is less than was wanted.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import os
 import time
 from pathlib import Path
 
+import humanfriendly
+
 from cascadefs import media
 from cascadefs.doors import private_folder
 from cascadefs.name_ring import PLACE as NAMES
@@ -21,6 +24,8 @@ from cascadefs.tiers.owner import Claim, unsign
 from cascadefs.tiers.pages import PageSizes
 
 BURST_SHARE = 0.5
+KEPT_FREE = 0.1  # of a filesystem that is not ours alone
+ROOMY_BYTES = 256 << 20  # what a writer may write while nobody looks
 DIRENT_BYTES, TMPFS_MAGIC = 20, 0x01021994
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MNT_DETACH = 2, 4, 32, 2
@@ -49,7 +54,8 @@ class ShmTier(FileTier):
 
     def __init__(self, claim: Claim, capacity_bytes: int) -> None:
         """In the folder of `claim`, which the store has announced."""
-        self.claim, self.capacity_bytes = claim, capacity_bytes
+        self.claim, self.capacity_bytes, self._wanted = claim, capacity_bytes, capacity_bytes
+        self.is_roomy = True  # else new files are staged on the disk: their writers would meet the end of memory
         self._used, self._counted_until = 0, 0.0
         self._watched: dict[str, int] = {}
         self._mount(claim.folder)
@@ -62,7 +68,7 @@ class ShmTier(FileTier):
         claim = self.claim
         if not os.path.ismount(folder):
             claim.sign(folder)  # below the tmpfs, for those who do not see that: another mount namespace
-        limit = self.capacity_bytes + int(available_memory() * BURST_SHARE)
+        limit = self._wanted + int(available_memory() * BURST_SHARE)
         flags = MS_NOSUID | MS_NODEV | (MS_REMOUNT if os.path.ismount(folder) else 0)
         self.why_not = _mount_tmpfs(folder, flags, limit)
         self.own_mount = os.path.ismount(folder)
@@ -80,9 +86,25 @@ class ShmTier(FileTier):
 
     def _count(self) -> int:
         if not self.own_mount:
-            return super().used_bytes()
+            return self._clamped(super().used_bytes())
         space = os.statvfs(self.folder)
         return (space.f_blocks - space.f_bfree) * space.f_frsize
+
+    def _clamped(self, used_bytes: int) -> int:
+        """A filesystem that others fill, too, may have less for us than was wanted, now or from the beginning."""
+        space = os.statvfs(self.folder)
+        free = max(0, space.f_bavail * space.f_frsize - int(space.f_blocks * space.f_frsize * KEPT_FREE))
+        self.capacity_bytes = min(self._wanted, used_bytes + free)
+        self.is_roomy = self.capacity_bytes == self._wanted or free >= ROOMY_BYTES
+        return used_bytes
+
+    def shortage(self) -> str:
+        """Why there is less memory than was wanted; empty: there is not."""
+        self.used_bytes()
+        if self.capacity_bytes >= self._wanted:
+            return ""
+        sizes = [humanfriendly.format_size(n, binary=True) for n in (self.capacity_bytes, self._wanted)]
+        return f"the filesystem of {self.folder.parent} has room for {sizes[0]} of the {sizes[1]} wanted"
 
     def is_whole(self) -> bool:
         """Whether the folders are where they were made."""
