@@ -1,4 +1,4 @@
-"""Staged files that lost their name: somebody emptied the memory tier, or took one file out of it, while programs had them open.
+"""Staged files that lost their name: somebody emptied the memory tier, or took a file out of it, while programs had them open.
 
 Owns: which inodes those are, and saving their bytes. An open descriptor still has them, so nothing is lost that is open. Never
 awaits. Invariants:

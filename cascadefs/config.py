@@ -5,6 +5,7 @@ Does not know what a setting does. Invariant: a Settings object only exists with
 """
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -24,6 +25,9 @@ SYMLINK_MAX = 4095  # PATH_MAX less the terminating zero
 XATTR_VALUE_MAX = 64 * KIB  # XATTR_SIZE_MAX of the kernel
 
 
+YEAR_S = 366 * 86400
+
+
 def _size(text: str) -> int:
     try:
         return int(humanfriendly.parse_size(text, binary=True))
@@ -40,6 +44,19 @@ def absolute(text: str) -> Path:
         return Path(os.path.abspath(home))
     except FileNotFoundError:
         raise ValueError("the working folder is gone; write an absolute path") from None
+
+
+def _time(text: str) -> float:
+    """0 is at once, infinity never by itself."""
+    if text in ("boot", "inf"):
+        return math.inf
+    try:
+        found = float(humanfriendly.parse_timespan(text))
+    except humanfriendly.InvalidTimespan:
+        raise ValueError("write a time such as 30m or 2h, or boot (until the next boot)") from None
+    if not 0 <= found <= YEAR_S:
+        raise ValueError("write a time of at most a year, or boot (until the next boot)")
+    return found
 
 
 def _truth(text: str) -> bool:
@@ -99,6 +116,9 @@ class Settings:
     store: Path = _setting(absolute, default_store, help="folder of the cold tier and the index")
     shm_size: int = _setting(_size, quarter_of_ram, 16 * MIB, 64 * TIB, help="capacity of the memory tier")
     shm_dir: Path = _setting(absolute, Path("/dev/shm"), help="where the memory tier's folder is made")
+    keep_memory: float = _setting(
+        _time, 3600.0, help="how long memory waits for the next mount after umount: 0, 30m, 2h, boot (till the next boot)"
+    )
     sync: str = _setting(_sync, "fsync", help="fsync: durable at fsync; close: durable at close, too")
     passthrough: bool = _setting(_truth, True, help="let the kernel move the bytes where it can")
     dedup: str = _setting(_dedup, "store", help="who shares equal contents: store (all), user (files of one owner), off")

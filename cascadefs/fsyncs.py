@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from cascadefs import media
 from cascadefs.bulk import Captured, NewObject, Unplaced
 from cascadefs.crash import point
 from cascadefs.errors import UnreadableCopy

@@ -2,8 +2,8 @@
 
 Owns: the look, and bringing names, contents and copies to agree again by the rules of recovery.py. Never awaits. Invariants:
 (1) What programs have open is not lost (adrift.py). Of the rest a file shows its durable version, or is absent.
-(2) Afterwards every staged inode has its file or is adrift, every dirty object has a copy; what somebody is at work with is looked
-    at the next time.
+(2) Afterwards every staged inode has its file or is adrift, every dirty object has a copy; what somebody is at work with is
+    looked at the next time.
 """
 
 import logging

@@ -124,7 +124,7 @@ def _take_space(fd: int, folder: Path) -> None:
     try:
         os.posix_fallocate(fd, 0, RING_BYTES)
     except OSError as e:
-        raise StoreError(f"the memory tier {folder} has no space ({e.strerror}); free some there or give another shm_dir") from e
+        raise StoreError(f"the memory tier {folder} has no space ({e.strerror}); free some or give another shm_dir") from e
 
 
 class NameRing:
@@ -157,7 +157,7 @@ class NameRing:
             return False
 
     def renew(self, folder: Path) -> None:
-        """Its file was taken away: another one takes its place under the same addresses, so that the transport need not know."""
+        """Its file was taken away: another one takes its place under the same addresses: the transport need not know."""
         private_folder(folder / PLACE[0])
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()

@@ -3,6 +3,7 @@
 Owns: the names of the figures. Changes nothing. Figures are bytes and counts since the store was opened.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -34,6 +35,7 @@ def status(store: Store, extra: Mapping[str, Any]) -> dict[str, Any]:
         "dedup_ratio": round(logical / unique, 4) if unique else 1.0,
         "pending_bytes": totals["dirty_bytes"] + sum(blocks * 512 for _, _, blocks, _ in staged),
         "memory_folder": str(store.residency.memory.folder),
+        "keep_memory_s": None if math.isinf(store.keep_s) else store.keep_s,  # None: until the next boot
         "memory_notes": store.residency.memory.claim.notes,
         "copy_id": store.residency.memory.claim.copy_id,
         "tiers": tiers(store, totals, staged),

@@ -7,8 +7,10 @@ Owns: the composition, opening and closing. Does not know FUSE. Invariant: a Sto
 import errno
 import hashlib
 import logging
+import math
 import os
 import stat
+import time
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -52,6 +54,7 @@ class Store:
         first_ino: lower numbers may be known to that kernel for inodes that are gone.
         """
         self.settings = settings
+        self.keeps_memory_s: float | None = None  # instead of the setting
         try:
             self.database = Database(settings.store, claim_fd)
             try:
@@ -137,10 +140,19 @@ class Store:
         is_durable = self._is_durable()
         self.ring.close()
         memory = self.residency.memory
-        memory.claim.leave(memory.folder, is_durable, until=0)
+        memory.claim.leave(memory.folder, is_durable, self.keep_until())
         memory.stop_watching()
         memory.claim.close()
         self.database.close()
+
+    def keep_until(self) -> float:
+        """time.time() at which the memory tier may go; 0: never by itself."""
+        return 0 if math.isinf(self.keep_s) else time.time() + self.keep_s
+
+    @property
+    def keep_s(self) -> float:
+        """How long the memory tier is kept after a close."""
+        return self.settings.keep_memory if self.keeps_memory_s is None else self.keeps_memory_s
 
     def _is_durable(self) -> bool:
         """Whether the extents have all that memory has."""

@@ -14,7 +14,6 @@ from functools import partial
 
 import trio
 
-from cascadefs import media
 from cascadefs.errors import os_error
 from cascadefs.files import Files
 from cascadefs.types import Block

@@ -37,6 +37,8 @@ ELSEWHERE = {
     "verify": ("check_cli", "verify"),
     "rebuild-index": ("check_cli", "rebuild_index"),
     "new-id": ("stores_cli", "new_id"),
+    "list": ("stores_cli", "list_all"),
+    "drop": ("stores_cli", "drop"),
 }
 
 

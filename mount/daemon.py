@@ -262,7 +262,7 @@ class Daemon:
             await self.store.flush()
         except OSError as e:
             log.error("not everything could be flushed: %s; it stays in the memory tier for the next mount", e)
-        if self.operations.drops_memory:
+        if self.operations.drops_memory or self.store.keep_s == 0:
             self.store.release_memory()
         self.store.close()
         log.info("unmounted; the daemon leaves")

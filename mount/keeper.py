@@ -25,7 +25,7 @@ from cascadefs.config import Configuration, Settings
 from cascadefs.database import claim
 from cascadefs.descriptors import raise_limit
 from cascadefs.errors import UserError
-from cascadefs.mount import daemon, device, table
+from cascadefs.mount import daemon, device, lingering, table
 from cascadefs.mount.daemon import Mounting
 from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.table import Table
@@ -102,6 +102,8 @@ class Keeper:
             ended = os.waitstatus_to_exitcode(death.status) == 0
             if ended or self.device is None:
                 self._remove_mountpoint()
+                if ended:
+                    lingering.start(self.wanted.configuration.settings.store)
                 return 0 if ended else 1
             self._deaths = [*self._deaths[-KILLS_MAX:], death]
             pause = plan_restart(self._deaths) if kernel_release() >= RESEND_SINCE else None

@@ -5,6 +5,7 @@ Invariant: a mount that lives is not taken away before everything in it is durab
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -15,13 +16,14 @@ from typing import Any
 import click
 import humanfriendly
 
+from cascadefs.config import load
 from cascadefs.errors import UserError
 from cascadefs.mount import asking, device, holders, mountinfo
 from cascadefs.mount.mountinfo import Mounted
 
 HOLD_S, HELD_S = 2, 6  # then who holds an unmounted mount is named; then they are not waited for any more
 EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
-DROP_MEMORY = "user.cascade.drop-memory"
+DROP_MEMORY, KEEP_MEMORY = "user.cascade.drop-memory", "user.cascade.keep-memory"
 
 
 def flush_all(mountpoint: Path, quiet: bool = False) -> None:
@@ -83,8 +85,11 @@ def _show_progress(mountpoint: Path, thread: threading.Thread) -> None:
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--drop-memory", is_flag=True, help="Give the memory tier back; the next mount starts cold.")
 @click.option("--force", is_flag=True, help="End it for all who use it, here and in other namespaces; their files fail.")
-def umount(mountpoint: Path, drop_memory: bool, force: bool) -> None:
+@click.option("--keep-memory", metavar="TIME", help="Keep it so long (30m, 2h, boot) instead of the keep_memory setting.")
+def umount(mountpoint: Path, drop_memory: bool, force: bool, keep_memory: str | None) -> None:
     """Flush, unmount, and wait until the daemon has left."""
+    keep_s = load({"keep_memory": keep_memory}, {}, None).settings.keep_memory if keep_memory is not None else None
+    keep_s = 0.0 if drop_memory else keep_s
     if force and mountinfo.resolve(mountpoint) not in {m.path for m in mountinfo.ours()}:
         _force_elsewhere(mountinfo.resolve(mountpoint))
         return
@@ -105,32 +110,43 @@ def umount(mountpoint: Path, drop_memory: bool, force: bool) -> None:
     if whole is None or before is None:  # a folder of it, whose whole mount is elsewhere: others' to flush
         _unmount(found.path)
     else:
-        _leave(found, whole.path, before, drop_memory, force)
+        _leave(found, whole.path, before, keep_s, force)
 
 
-def _leave(found: Mounted, whole: Path, before: dict[str, Any], drop_memory: bool, force: bool) -> None:
+def _leave(found: Mounted, whole: Path, before: dict[str, Any], keep_s: float | None, force: bool) -> None:
     """A mount that lives. What shows it at another path here goes on; without such a path the daemon leaves."""
     flush_all(whole)
     if force:
-        _drop_if(drop_memory, whole)
+        _tell_keep(keep_s, whole)
         _end(before)
     elif others := [str(m.path) for m in mountinfo.ours() if m.device == found.device and m.path != found.path]:
         _unmount(found.path)
         click.echo(f"{found.path} is unmounted, everything is durable; the store stays mounted at {', '.join(others)}")
         return
     else:
-        _drop_if(drop_memory, whole)
+        _tell_keep(keep_s, whole)
         _unmount(found.path)
         _wait_for_exit(found, before["worker_pid"], before["keeper_pid"])
-    kept = before["tiers"]["shm"]["used_bytes"]
-    if kept and not drop_memory:
-        size = humanfriendly.format_size(kept, binary=True)
-        click.echo(f"unmounted; about {size} stay in memory for the next mount (--drop-memory gives them back)")
+    _tell_what_stays(before["tiers"]["shm"]["used_bytes"], _or_boot(before["keep_memory_s"]) if keep_s is None else keep_s)
 
 
-def _drop_if(drop_memory: bool, path: Path) -> None:
-    if drop_memory:
+def _or_boot(keep_s: float | None) -> float:
+    return math.inf if keep_s is None else keep_s
+
+
+def _tell_what_stays(kept_bytes: int, keep_s: float) -> None:
+    if kept_bytes and keep_s:
+        size = humanfriendly.format_size(kept_bytes, binary=True)
+        long = "until the next boot" if math.isinf(keep_s) else f"for {humanfriendly.format_timespan(keep_s)}"
+        click.echo(f"unmounted; about {size} stay in memory for the next mount, {long} (--drop-memory gives them back)")
+
+
+def _tell_keep(keep_s: float | None, path: Path) -> None:
+    """How long the daemon keeps memory; None: as its setting says."""
+    if keep_s == 0:
         os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
+    elif keep_s is not None:
+        os.setxattr(path / ".cascade", KEEP_MEMORY, str(keep_s).encode())
 
 
 def _unmount(path: Path) -> None:

@@ -42,7 +42,7 @@ Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 STATX = b"/statx"  # the attribute that stands for a STATX
 NAMELESS = b"/"  # the name that stands for none
-DROP_MEMORY = b"user.cascade.drop-memory"
+DROP_MEMORY, KEEP_MEMORY = b"user.cascade.drop-memory", b"user.cascade.keep-memory"
 VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
 TEXT_HANDLES, TEXT_STEP, TEXT_COUNTS = 1 << 62, 1 << 48, 0xFFF << 48
@@ -337,6 +337,10 @@ class Operations(pyfuse3.Operations):
             refuse_others(ctx)
             self.drops_memory = value == b"1"
             return
+        if (inode, name) == (virtual.FOLDER, KEEP_MEMORY):
+            refuse_others(ctx)
+            self.store.keeps_memory_s = _seconds(value)
+            return
         if (inode, name) == (virtual.FOLDER, VERIFY):
             self.store.verifier.request()
             return
@@ -482,3 +486,10 @@ class Operations(pyfuse3.Operations):
 
 def _text_inode(fh: int) -> int:
     return fh & ~TEXT_HANDLES & ~TEXT_COUNTS
+
+
+def _seconds(text: bytes) -> float:
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise os_error(errno.EINVAL) from None

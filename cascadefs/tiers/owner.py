@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ MEMORY = "memory.json"  # in the store
 RECORD = ("owner", "record")  # in the tier: a folder, so that the tmpfs that is mounted over it cannot be lost to an rmdir
 PREFIX = "cascadefs-"
 NAME_DIGITS = 16
+LOCK_TRIES, LOCK_S = 20, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,7 @@ class Claim:
             owner = read_owner(folder)
             if os.fstat(fd).st_uid != os.geteuid():
                 return False
-            return (owner is None or (owner.device, owner.inode) == self._place) and _is_empty(folder)
+            return (owner is None or (owner.device, owner.inode) == self._place) and is_empty(folder)
         finally:
             os.close(fd)
 
@@ -266,7 +268,10 @@ class Claim:
         if self.lock_fd >= 0:
             os.close(self.lock_fd)
         self.lock_fd = -1
-        found = lock(folder, alone=False)
+        for _ in range(LOCK_TRIES):
+            if (found := lock(folder, alone=False)) is not None:
+                break
+            time.sleep(LOCK_S / LOCK_TRIES)  # who only asks whether it is used has it for a moment
         if found is None:
             raise StoreError(f"the memory tier {folder} is about to be dropped by another process; mount again")
         self.lock_fd = found
@@ -285,7 +290,7 @@ class Claim:
             self.lock_fd = -1
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     """Whether a tier has no file but its record."""
     return not any(files for path, _, files in os.walk(folder) if path != str(folder / RECORD[0]))
 
