@@ -55,6 +55,7 @@ class Files:
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
+        self.pads: Callable[[], bool] = nobody_pads  # whether staged files may have blocks that were allocated ahead of writers
         self.unchanged: set[int] = set()  # staged inodes that straight.py reads: whoever may change one takes it out
         self.last_use = 0.0  # time.monotonic() of the last open or close; see quiet_s()
         self._memory_used = 0
@@ -88,6 +89,11 @@ class Files:
             os.truncate(adrift, size_bytes)
         else:
             media.truncate(self.staged_path(inode), size_bytes, by_handle)
+
+    def _cut_padding(self, inode: Inode) -> None:
+        path = self.staged_path(inode)
+        with contextlib.suppress(FileNotFoundError):  # it lies elsewhere since the memory tier went
+            media.cut_padding(path, os.lstat(path))
 
     def quiet_s(self, now: float) -> float:
         """Seconds since the last open or close, or since a look found more memory used: writers that the kernel serves say
@@ -391,6 +397,8 @@ class Files:
                 self.unchanged.discard(ino)
                 inode = self.attributes(ino)
                 if inode.home:
+                    if self.pads() and size_bytes > inode.size:  # what was allocated ahead would be in the way of gaps
+                        self._cut_padding(inode)
                     self._truncate_staged(inode, size_bytes, by_handle)
                 elif inode.size == size_bytes and not by_handle:
                     self._touch(inode)
@@ -402,6 +410,11 @@ class Files:
             if not live.writers:
                 self.seal_soon(ino)
             self.forget_if_gone(ino)
+
+    def found_gaps(self, ino: int) -> None:
+        """Somebody has seen that a file is written with gaps, a moment ago."""
+        if (live := self.live.get(ino)) is not None and live.writers:
+            self._look_for_gaps(ino)
 
     def _look_for_gaps(self, ino: int) -> None:
         if self.namespace.get(ino).home == Home.MEMORY:
@@ -429,6 +442,8 @@ class Files:
             found = os.stat(self.adrift.path(inode.ino) or "")
         changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
+        if self.pads():
+            blocks = min(blocks, -(-size // 4096) * 8)
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
 
     def set_times(self, ino: int, atime_ns: int | None, mtime_ns: int | None) -> None:
@@ -441,6 +456,11 @@ class Files:
             adrift = self.adrift.path(ino)
             os.utime(adrift or self.staged_path(inode), ns=(atime, mtime), follow_symlinks=adrift is not None)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
+
+
+def nobody_pads() -> bool:
+    """Without a mount."""
+    return False
 
 
 def nobody_waits(*inos: int) -> None:

@@ -25,6 +25,7 @@ from cascadefs.record import ALIGN
 HOLE_BYTES, SHORT_HOLE_BYTES = 64 << 10, 16 << 10
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
 MAPPED_BYTES, MAP_POPULATE = 16 << 20, 0x8000  # of a file that is copied, at once: mmap() holds the GIL for some 10 us
+PADDING_MAX = 1 << 40
 MODE = 0o600
 Buffer = memoryview | mmap.mmap | bytes
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -169,6 +170,19 @@ def _copy_range(source_fd: int, fd: int, start: int, end: int) -> None:
     os.lseek(fd, start, os.SEEK_SET)
     while start < end and (sent := os.sendfile(fd, source_fd, start, end - start)):
         start += sent
+
+
+def cut_padding(path: str, state: os.stat_result) -> None:
+    """Give back what is allocated behind the end of a file that nobody writes to; its times stay."""
+    end = -(-state.st_size // ALIGN) * ALIGN
+    if state.st_blocks * 512 <= end:
+        return
+    fd = open_file(path, os.O_RDWR)
+    try:
+        punch_hole(fd, end, PADDING_MAX)
+        os.utime(fd, ns=(state.st_atime_ns, state.st_mtime_ns))
+    finally:
+        os.close(fd)
 
 
 def has_gaps(state: os.stat_result) -> bool:

@@ -66,11 +66,14 @@ class Examiner:
 
     def open(self, one: Staged) -> None:
         """Descriptor and size; whether it is busy."""
-        one.fd = media.open_file(one.tier.staged_path(one.ino), os.O_RDONLY)
-        one.size_bytes = os.fstat(one.fd).st_size
+        path = one.tier.staged_path(one.ino)
+        one.fd = media.open_file(path, os.O_RDONLY)
+        one.size_bytes = (state := os.fstat(one.fd)).st_size
         # Nothing is no object: readers of an empty file would be left with one that no writer knows.
         unfit = one.size_bytes > FILE_BYTES_MAX or (one.live.source is not None and not one.size_bytes)
         one.is_busy = unfit or not media.lease_is_free(one.fd)
+        if not one.is_busy:
+            media.cut_padding(path, state)
 
     def fingerprints(self, fd: int, size_bytes: int) -> list[Print]:
         """(fingerprint, length) of each block."""

@@ -109,3 +109,17 @@ cdef inline bint keep_forgets(EventQueue *queue, uint8_t *message, size_t size) 
             memmove(one, one + at, batch.count * sizeof(fuse_forget_one))
             return False
     return True
+
+
+cdef inline tuple events_taken(EventQueue *queue, uint64_t limit):
+    """Those among the first `limit` as `Transport.take_events` tells them."""
+    cdef Event event
+    opened, released, forgotten = [], [], []
+    while events_take(queue, &event, limit):
+        if event.kind == FUSE_RELEASE:
+            released.append(event.subject)
+        elif event.kind == FUSE_OPEN:
+            opened.append((event.subject, event.count, event.request, event.backing_id))
+        else:
+            forgotten.append((event.subject, event.count))
+    return opened, released, forgotten

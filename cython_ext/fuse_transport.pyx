@@ -14,14 +14,15 @@
 # (4) A request is remembered before it is forwarded, so its answer finds it.
 # (5) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
+from cython_ext.allocate_ahead cimport ahead_created, ahead_opened, ahead_released, ahead_stop, ahead_watch, gaps_taken
 from cython_ext.answers_here cimport files_answered, names_answered
 from cython_ext.as_others cimport put_as_other
 from cython_ext.attribute_table cimport attributes_drop, attributes_put
 from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
-from cython_ext.event_queue cimport Event, EventRing, events_count, events_done, events_take
+from cython_ext.event_queue cimport EventRing, events_count, events_done, events_taken
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
-    Handle, edit_open, handles_borrow, handles_drop, handles_put, handles_return, pthread_mutex_destroy, pthread_mutex_init)
+    Handle, close_backing, edit_open, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
 from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_take
 from cython_ext.message_io cimport (
@@ -39,12 +40,11 @@ from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
-from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device
+from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device, told
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
-from posix.ioctl cimport ioctl
 from posix.unistd cimport read
 
 from os import strerror
@@ -160,6 +160,7 @@ cdef class Transport:
         """Let every read_requests() return before its next request, for good. None that was read is lost."""
         cdef int code
         with nogil:
+            ahead_stop(&self.known.ahead)
             code = readers_stop(&self.readers)
         check(code)
 
@@ -185,40 +186,59 @@ cdef class Transport:
         guarded: a WRITE, which takes privileges from the file, is marked and forwarded; so is FALLOCATE, as a SETXATTR.
         size_bytes: of content without a descriptor. open_flags: FOPEN_* for the answer to OPEN or CREATE.
         """
+        cdef Handle handle
         cdef int code
-        cdef Handle *handle = <Handle *>malloc(sizeof(Handle))
-        if handle == NULL:
-            raise MemoryError()
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = fh, fd, backing_id, open_flags
         handle.served, handle.writable, handle.guarded = served, writable, guarded
         handle.size_bytes, handle.busy = size_bytes, 0
         with nogil:
-            code = handles_put(&self.known.handles, handle)
-            if code:
-                free(handle)
+            code = handles_copy(&self.known.handles, &handle)
         check(code)
 
     def drop_handle(self, uint64_t fh):
         """Forget `fh`, known or not. Afterwards its descriptor may be closed."""
         with nogil:
+            ahead_released(&self.known.ahead, fh, -1)
             handles_drop(&self.known.handles, fh)
+
+    def watch_writers(self):
+        """Allocate ahead of writers in other memory cgroups, and see who writes with gaps, until stop(). In a thread."""
+        with nogil:
+            ahead_watch(&self.known.ahead, &self.known.handles, &self.bell)
+
+    def watch(self, uint64_t ino, uint64_t fh, uint64_t new_in = 0, int fd = -1):
+        """Watch a file that is open for writing by a handle that was set. `new_in`: its folder, if it was just made, as `fd`."""
+        cdef bint foreign = self.passthrough_agreed and self.known.ahead.any_foreign
+        with nogil:
+            if new_in:
+                ahead_created(&self.known.ahead, new_in, foreign, ino, fh, fd)
+            else:
+                ahead_opened(&self.known.ahead, ino, fh, foreign)
+
+    def allow_ahead(self, int64_t size_bytes):
+        """So much may be allocated ahead from now on."""
+        self.known.ahead.room = size_bytes
+
+    def pads(self):
+        """Whether anything may have been allocated ahead."""
+        return self.known.ahead.any_foreign
+
+    def take_gaps(self):
+        """Inodes that turned out to be written with gaps, since the last call."""
+        return gaps_taken(&self.known.ahead)
 
     def backing_open(self, int fd):
         """Register a file for passthrough: its backing_id. Best read-only: then this process does not count as a writer."""
-        cdef fuse_backing_map map
         cdef int backing_id
-        memset(&map, 0, sizeof(map))
-        map.fd = fd
         with nogil:
-            backing_id = ioctl(self.wire.device_fd, <unsigned long>DEV_IOC_BACKING_OPEN, &map)
+            backing_id = open_backing(self.wire.device_fd, fd)
         check(errno if backing_id < 0 else 0)
         return backing_id
 
     def backing_close(self, int backing_id):
-        cdef uint32_t argument = <uint32_t>backing_id
         cdef int code
         with nogil:
-            code = ioctl(self.wire.device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &argument)
+            code = close_backing(self.wire.device_fd, <uint32_t>backing_id)
         check(errno if code < 0 else 0)
 
     def replay_init(self, const uint8_t[::1] message):
@@ -272,16 +292,7 @@ cdef class Transport:
     def take_events(self, uint64_t limit):
         """Among the first `limit` and since the last call, in their order: [(handle, inode, request, backing id)] opened by a grant,
         [handle] released, [(inode, lookups)] forgotten. A handle is opened before it is released."""
-        cdef Event event
-        opened, released, forgotten = [], [], []
-        while events_take(&self.known.events, &event, limit):
-            if event.kind == FUSE_RELEASE:
-                released.append(event.subject)
-            elif event.kind == FUSE_OPEN:
-                opened.append((event.subject, event.count, event.request, event.backing_id))
-            else:
-                forgotten.append((event.subject, event.count))
-        return opened, released, forgotten
+        return events_taken(&self.known.events, limit)
 
     def add_spare(self, uint64_t ino, uint64_t fh, int fd, int backing_id):
         """An empty file to answer a CREATE with; its handle `fh` was set, `fd` stays open. False when there are enough."""
@@ -365,15 +376,7 @@ cdef class Transport:
 
     def counts(self):
         """Requests by opcode (those that came), bytes served here, what became of the messages, handles known now."""
-        cdef uint64_t *by_opcode = self.wire.counters.requests
-        result = {OPCODE_NAMES[opcode]: by_opcode[opcode] for opcode in range(OPCODE_SLOTS) if by_opcode[opcode]}
-        result.update(
-            read_bytes=self.wire.counters.read_bytes, spliced_bytes=self.wire.counters.spliced_bytes,
-            write_bytes=self.wire.counters.write_bytes, served=self.wire.counters.served,
-            forwarded=self.wire.counters.forwarded, failed_replies=self.wire.counters.failed_replies,
-            malformed=self.wire.counters.malformed, lost_handles=self.wire.counters.lost_handles,
-            known_handles=self.known.handles.map.used)
-        return result
+        return told(&self.wire, OPCODE_NAMES) | {"known_handles": self.known.handles.map.used}
 
     # --- requests: kernel -> here or pyfuse3 ---------------------------------------------------------------------
 

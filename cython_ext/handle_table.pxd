@@ -8,11 +8,14 @@
 #     handles_drop() return, no thread uses the descriptor that the record before named.
 # (3) New borrowers get the new record at once, so a replacement waits for at most one operation of each thread.
 
-from cython_ext.fuse_abi cimport OPEN_PASSTHROUGH, OPEN_WITH_PASSTHROUGH, fuse_open_out
+from cython_ext.fuse_abi cimport (
+    DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN, OPEN_PASSTHROUGH, OPEN_WITH_PASSTHROUGH, fuse_backing_map, fuse_open_out)
 from cython_ext.u64_map cimport U64Map, map_double, map_free, map_full, map_get, map_init, map_put, map_take
 from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.ioctl cimport ioctl
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -84,6 +87,32 @@ cdef inline int handles_put(HandleTable *table, Handle *handle) noexcept nogil:
     retire(table, <Handle *><uintptr_t>map_put(&table.map, handle.fh, <uintptr_t>handle))
     pthread_mutex_unlock(&table.mutex)
     return 0
+
+
+cdef inline int handles_copy(HandleTable *table, const Handle *handle) noexcept nogil:
+    """handles_put() of a copy."""
+    cdef Handle *copy = <Handle *>malloc(sizeof(Handle))
+    cdef int code
+    if copy == NULL:
+        return ENOMEM
+    copy[0] = handle[0]
+    code = handles_put(table, copy)
+    if code:
+        free(copy)
+    return code
+
+
+cdef inline int open_backing(int device_fd, int fd) noexcept nogil:
+    """The backing id of a file, or -1 and errno."""
+    cdef fuse_backing_map map
+    memset(&map, 0, sizeof(map))
+    map.fd = fd
+    return ioctl(device_fd, <unsigned long>DEV_IOC_BACKING_OPEN, &map)
+
+
+cdef inline int close_backing(int device_fd, uint32_t backing_id) noexcept nogil:
+    """0, or -1 and errno."""
+    return ioctl(device_fd, <unsigned long>DEV_IOC_BACKING_CLOSE, &backing_id)
 
 
 cdef inline void handles_drop(HandleTable *table, uint64_t fh) noexcept nogil:

@@ -56,6 +56,8 @@ cdef enum:
     AFTER_DOTS = 2
     HOME_COLD = 2  # types.py
 
+cdef bint files_are_padded = False
+
 ctypedef struct DirentPlus:  # struct fuse_direntplus: an entry reply and a struct fuse_dirent, whose name follows
     uint64_t nodeid
     uint64_t generation
@@ -176,6 +178,8 @@ cdef int renew(DirentPlus *entry, const char *folder) noexcept nogil:
         put_time(max(ctime, mtime), &attr.ctime, &attr.ctimensec)
     put_time(mtime, &attr.mtime, &attr.mtimensec)
     attr.size, attr.blocks = <uint64_t>found.st_size, <uint64_t>found.st_blocks
+    if files_are_padded:
+        attr.blocks = min(attr.blocks, (attr.size + 4095) // 4096 * 8)
     return 0
 
 
@@ -190,6 +194,12 @@ cdef int renew_all(uint8_t *entries, size_t size, const char *memory, const char
             code = renew(entry, parking if entry.attr_valid_nsec == HOME_COLD else memory)
         at += entry_bytes(entry.namelen)
     return code
+
+
+def pads(bint padded):
+    """Whether staged files may have blocks behind their end that are not theirs."""
+    global files_are_padded
+    files_are_padded = padded
 
 
 def told(bytes entries):

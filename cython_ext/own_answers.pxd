@@ -3,6 +3,8 @@
 # Owns: the tables together, and their order. A .pxd of inline functions, compiled into fuse_transport. Knows no device and no socket.
 # Invariants: (1) A function that says no has changed nothing. (2) A handle is borrowed while its descriptor is in use and not longer.
 
+from cython_ext.allocate_ahead cimport (
+    AheadTable, ahead_created, ahead_free, ahead_init, ahead_released, is_foreign)
 from cython_ext.attribute_table cimport (
     AttributeTable, attributes_copy, attributes_fill, attributes_free, attributes_init, attributes_touch)
 from cython_ext.event_queue cimport EventQueue, events_free, events_init, events_put
@@ -32,12 +34,14 @@ ctypedef struct Known:
     NamePool ring
     GrantTable grants
     ListingQueue listings
+    AheadTable ahead
 
 
 cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) noexcept nogil:
     """0, or not 0 when there is no memory."""
     events_init(&known.events, event_memory)
     ring_init(&known.ring, ring_memory)
+    ahead_init(&known.ahead)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
             or grants_init(&known.grants) or listings_init(&known.listings))
 
@@ -49,6 +53,7 @@ cdef inline void known_free(Known *known) noexcept nogil:
     attributes_free(&known.attributes)
     events_free(&known.events)
     ring_free(&known.ring)
+    ahead_free(&known.ahead)
     grants_free(&known.grants)
     listings_free(&known.listings)
 
@@ -63,6 +68,8 @@ cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer
     """GETATTR of what Python told of, and of what was made here. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
     if not attributes_copy(&known.attributes, ino, answer):
         return False
+    if known.ahead.any_foreign and answer.attr.mode & MODE_FORMAT == MODE_REGULAR:  # as `Files.with_staged`
+        answer.attr.blocks = min(answer.attr.blocks, (answer.attr.size + 4095) // 4096 * 8)
     return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
 
 
@@ -73,6 +80,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     cdef fuse_attr_out folder, file
     cdef timespec times[2]
     cdef uint64_t key
+    cdef bint foreign = is_foreign(&known.ahead, (<const fuse_in_header *>message).pid)
     if known.ring.ring == NULL or not read_create(message, size, &record):
         return False
     key = name_hash(record.folder, record.name, record.name_bytes)
@@ -87,6 +95,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     if not ring_give(&known.ring, &record, &spare):
         names_remove(&known.names, key)
         return False
+    ahead_created(&known.ahead, record.folder, foreign, spare.ino, spare.fh, spare.fd)
     futimens(spare.fd, times)
     attributes_touch(&known.attributes, record.folder, record.time_ns)
     answer_create(&record, answer)
@@ -121,6 +130,7 @@ cdef inline bint open_file(Known *known, const uint8_t *message, fuse_open_out *
     cdef const fuse_in_header *head = <const fuse_in_header *>message
     cdef const fuse_open_in *arg = <const fuse_open_in *>(message + sizeof(fuse_in_header))
     if arg.flags & (OPEN_ACCMODE | OPEN_TRUNC) or head.unique >> 63:
+        is_foreign(&known.ahead, head.pid)  # remembered for when Python has opened it
         return False
     answer.fh, answer.open_flags, answer.backing_id = grants_open(&known.grants, &known.handles, &known.events, head), 0, 0
     if not answer.fh:
@@ -145,6 +155,7 @@ cdef inline bint keep_release(Known *known, const uint8_t *message) noexcept nog
     cdef Handle *handle = handles_borrow(&known.handles, fh)
     if handle == NULL:
         return False
+    ahead_released(&known.ahead, fh, handle.fd)
     handles_return(&known.handles, handle)
     return events_put(&known.events, FUSE_RELEASE, fh, 0, 0, 0)
 

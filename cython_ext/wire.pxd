@@ -30,6 +30,16 @@ ctypedef struct Wire:
     Counters counters
 
 
+cdef inline dict told(Wire *wire, names):
+    """Requests by the name of their opcode (those that came), bytes served here, what became of the messages."""
+    cdef Counters *counters = &wire.counters
+    found = {names[opcode]: counters.requests[opcode] for opcode in range(OPCODE_SLOTS) if counters.requests[opcode]}
+    return found | dict(
+        read_bytes=counters.read_bytes, spliced_bytes=counters.spliced_bytes, write_bytes=counters.write_bytes,
+        served=counters.served, forwarded=counters.forwarded, failed_replies=counters.failed_replies,
+        malformed=counters.malformed, lost_handles=counters.lost_handles)
+
+
 cdef inline int send_request(Wire *wire, const uint8_t *message, size_t size) noexcept nogil:
     """To pyfuse3. 0 or an errno. A large datagram needs contiguous kernel memory, which may take a moment to be found."""
     cdef int attempts = 0

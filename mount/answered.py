@@ -31,6 +31,7 @@ class Answered:
     def __init__(self, store: Store, handles: Handles, once: Once) -> None:
         self.store, self.handles, self.once, self.transport = store, handles, once, handles.transport
         self.files = store.files
+        self.files.pads = self.transport.pads
         self.spares, self.grants = Spares(store, handles), Grants(store, handles, self.catch_up_or_fail)
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
 
@@ -45,9 +46,13 @@ class Answered:
         self.grants.trim()
 
     def offer(self) -> bool:
-        """Let the transport answer changes of names while the index will take them; whether there is more to prepare."""
+        """Let the transport answer changes of names while the index will take them, and allocate ahead; whether there
+        is more to prepare."""
         database = self.store.database
         self.transport.allow_removals(bool(database.reserve.held and not database.health.troubles))
+        self.transport.allow_ahead(self.store.residency.memory.room_ahead())
+        for ino in self.transport.take_gaps():
+            self.files.found_gaps(ino)
         return self.spares.refill()
 
     def withdraw(self, connected: bool = True) -> None:

@@ -62,9 +62,12 @@ class Handles:
         """A number for a handle."""
         return next(self._numbers)
 
-    def add(self, handle: Handle, flags: int, request: int, is_root: bool = False, outside: bool = False) -> pyfuse3.FileInfo:
+    def add(
+        self, handle: Handle, flags: int, request: int, is_root: bool = False, outside: bool = False, new_in: int = 0
+    ) -> pyfuse3.FileInfo:
         """Give a handle its number and tell the transport how to serve it. `flags` as given to open(2);
-        `is_root`: the opener may write to a file without taking set-id bits from it."""
+        `is_root`: the opener may write to a file without taking set-id bits from it. `new_in`: the folder that it was
+        just made in."""
         fh = self.number()
         try:
             by_us = handle.writable and self._is_by_us(handle.ino, flags, is_root)
@@ -77,6 +80,8 @@ class Handles:
         passed = self.passthrough and handle.source is not None and not handle.direct
         backing_id = handle.source.backing_id if passed and handle.source is not None else 0
         self.table.add_handle(KeptHandle(fh, handle.ino, request, backing_id, handle.writable, handle.direct, by_us))
+        if handle.writable and handle.source is not None:
+            self.transport.watch(handle.ino, fh, new_in, handle.source.fd)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
 
     def take_spare(self, one: Created, handle: Handle) -> None:
@@ -179,6 +184,8 @@ class Handles:
                     handle.source.backing_id = kept.backing_id
                 self._open[kept.fh] = self._announce(kept.fh, handle, kept.by_us)
                 self._by_request[kept.request] = kept.fh
+                if kept.writable and handle.source is not None:
+                    self.transport.watch(kept.ino, kept.fh)
             except OSError as e:
                 log.warning("an open file of inode %d cannot be taken over: %s", kept.ino, e)
                 self.table.remove_handle(kept.fh)

@@ -104,6 +104,7 @@ class Listings:
             dots = self._dots(folder, position)
             at = Place(folder, max(position, listing.DOTS), last)
             part = self._part(at, room - len(dots))
+            listing.pads(self.files.pads())
             entries = listing.renewed(part.entries, *self._staged) if part.staged else part.entries
             self._tell(request, part.inodes, dots + entries if dots else entries)
         except Exception as e:

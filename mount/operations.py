@@ -386,7 +386,7 @@ class Operations(pyfuse3.Operations):
             self._folders_changed(parent)  # the transport may have been told of a change that was rolled back
             raise
         try:
-            info = self.handles.add(handle, flags, request, is_root=ctx.uid == 0)
+            info = self.handles.add(handle, flags, request, is_root=ctx.uid == 0, new_in=parent)
         except BaseException:
             gone = self.store.database.reserve.lend(partial(self.names.unlink, parent, name))
             self._gone_name(parent, name, gone.ino)

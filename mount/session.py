@@ -90,6 +90,9 @@ class Session:
             thread = threading.Thread(target=self._read_until_gone, args=(token,), name="fuse-requests", daemon=True)
             thread.start()
             self._threads.append(thread)
+        thread = threading.Thread(target=self.transport.watch_writers, name="writers", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     async def _take_late_replies(self) -> None:
         """What pyfuse3 writes in a thread of its own: invalidations."""

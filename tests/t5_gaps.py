@@ -138,3 +138,15 @@ def test_a_file_without_gaps_gets_large_pages(mount):
     assert page_option(mount) == "advise"
     os.close(gaps)
     assert becomes(mount, "within_size")
+
+
+def test_who_writes_far_behind_the_end_first_is_seen(mount):
+    mount.start()
+    fd = os.open(mount.path / "f", os.O_CREAT | os.O_RDWR)
+    os.pwrite(fd, b"x", BIG - 1)
+    assert becomes(mount, "advise")
+    before = memory_taken(mount)
+    pwrites(fd, each(2 * MIB, 4 * KIB, 200))
+    assert memory_taken(mount) - before <= 2 * MIB
+    os.close(fd)
+    assert becomes(mount, "within_size")

@@ -27,6 +27,7 @@ BURST_SHARE = 0.5
 KEPT_FREE = 0.1  # of a filesystem that is not ours alone
 ROOMY_BYTES = 256 << 20  # what a writer may write while nobody looks
 DIRENT_BYTES, TMPFS_MAGIC = 20, 0x01021994
+AHEAD_BYTES = 512 << 20  # 50 ms of a writer of 10 GB/s
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MNT_DETACH = 2, 4, 32, 2
 log = logging.getLogger(__name__)
@@ -138,6 +139,12 @@ class ShmTier(FileTier):
         self.make_folders(self.claim.folder)
         self._watch()
         self._counted_until = 0.0
+
+    def room_ahead(self) -> int:
+        """Bytes that may be allocated before they are needed: a quarter of what the kernel still gives, within an eighth of
+        the capacity."""
+        space = os.statvfs(self.folder)
+        return min(space.f_bavail * space.f_frsize // 4, max(self.capacity_bytes // 8, AHEAD_BYTES)) if self.own_mount else 0
 
     def copy_in(self, source_fd: int, path: str) -> None:
         """As FileTier.copy_in(); a hole would become part of a huge page."""
