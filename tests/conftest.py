@@ -138,8 +138,11 @@ class Mount:
             shutil.rmtree(folder)
 
     def clean(self) -> None:
-        if self.path in set(device.mounts()) and cascadefs("umount", self.path, "--drop-memory").returncode:
-            device.unmount(self.path, lazy=True)
+        """By force: a namespace that somebody else made meanwhile may hold a copy of the mount."""
+        if self.path in set(device.mounts()):
+            failed = cascadefs("umount", "--force", "--drop-memory", self.path).returncode
+            if failed and self.path in set(device.mounts()):
+                device.unmount(self.path, lazy=True)
         if (self.store / "memory.json").exists() and self.memory.exists():
             subprocess.run(["umount", "-l", self.memory], check=False, capture_output=True)
             shutil.rmtree(self.memory, ignore_errors=True)
