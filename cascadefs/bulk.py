@@ -248,8 +248,7 @@ class Bulk:
             if placed.durable != places.keys():
                 raise Unplaced
             dead = placed.dead + list(written - placed.used)
-            for one in captured:
-                dead += self._index.set_fallback(one.ino, oids.get(one.content.digest, EMPTY_OID))
+            dead += self._index.fall_back_all({one.ino: oids.get(one.content.digest, EMPTY_OID) for one in captured})
         return dead
 
     def place_captured(self, places: Mapping[int, Mapping[Print, Location]], extent: int, extent_size: int) -> Placed:

@@ -13,7 +13,7 @@ import sqlite3
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -185,7 +185,22 @@ class Index:
     # --- references
 
     def _ref(self, oid: int) -> None:
-        self._db.execute("UPDATE objects SET refs=refs+1 WHERE oid=?", (oid,))
+        """LookupError when there is no such object: a row that shows one that is gone could not even be deleted."""
+        if self._db.execute("UPDATE objects SET refs=refs+1 WHERE oid=?", (oid,)).rowcount != 1 and oid != EMPTY_OID:
+            raise LookupError(f"object {oid} is not in the index")
+
+    def fall_back_all(self, oids: Mapping[int, int]) -> list[Location]:
+        """set_fallback() for many (inode -> object): none of these objects goes in between, though the only inode that fell
+        back to one of them may come before the one that is going to."""
+        dead = list[Location]()
+        with self._database.transaction():
+            for oid in set(oids.values()):
+                self._ref(oid)
+            for ino, oid in oids.items():
+                dead += self.set_fallback(ino, oid)
+            for oid in set(oids.values()):
+                dead += self._unref(oid)
+        return dead
 
     def _unref(self, oid: int) -> list[Location]:
         """Drop a reference; returns the records nothing points to any more."""

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import trio
+import trio.testing
 from recount import recount
 from stores import memory_of, opened, wipe_memory, written
 
@@ -17,6 +18,7 @@ from cascadefs.ext import hashing
 from cascadefs.fsyncs import PARTS, SYNCS
 from cascadefs.namespace import ROOT
 from cascadefs.rebuild import rebuild
+from cascadefs.types import EMPTY_OID
 
 KIB = 1024
 SIZE = 9 * MIB + 12_345
@@ -139,3 +141,34 @@ def test_a_mapped_file_that_shrinks_is_an_error_and_other_faults_stay_fatal(tmp_
         "hashing.mapped_fingerprints(fd, 0, 1 << 20, 4096, bytes(192)); os.truncate(sys.argv[1], 0); m[5000]"
     )
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -7  # SIGBUS
+
+
+async def test_what_one_file_lets_go_of_another_falls_back_to_in_the_same_sync(slow_seal):
+    """Both are synced by one commit; the object that only the first fell back to went before the second named it."""
+    async with opened(slow_seal) as store:
+        with written(store, "first", b"x" * 5000) as first, written(store, "second", b"y" * 5000) as second:
+            await store.mover.fsync(first)
+            shared = store.namespace.get(first).durable_oid
+            assert store.index.fall_back_all({first: EMPTY_OID, second: shared}) == []
+            assert store.index.refs(shared) == 1 and store.namespace.get(second).durable_oid == shared
+            with pytest.raises(LookupError):
+                store.index.set_fallback(second, shared + 100)
+            assert store.namespace.get(second).durable_oid == shared
+
+
+async def test_a_file_takes_in_one_sync_what_another_has_left(slow_seal):
+    async with opened(slow_seal) as store:
+        with (
+            written(store, "ahead", b"z" * 5000) as ahead,
+            written(store, "first", b"x" * 5000) as first,
+            written(store, "second", b"x" * 5000) as second,
+        ):
+            await store.mover.fsync(first)
+            with open(path_of(store, first), "r+b") as file:
+                file.write(b"changed")
+            async with trio.open_nursery() as nursery:
+                for ino in (ahead, first, second):  # while the first is synced the others wait, for the same turn
+                    nursery.start_soon(store.mover.fsync, ino)
+                    await trio.testing.wait_all_tasks_blocked(0.0)
+            assert store.index.object(store.namespace.get(second).durable_oid).size_bytes == 5000
+    assert recount(slow_seal.store, memory_of(slow_seal)[0]) == []

@@ -41,7 +41,7 @@ def test_readers_of_fresh_files_do_not_wake_python(mounted, write):
             assert path.exists()
             found[path] = path.read_bytes()
 
-    assert forwarded(mounted, read_all) == 0
+    assert forwarded(mounted, read_all) <= 0
     assert found == data
 
 

@@ -115,7 +115,7 @@ def test_readers_of_settled_files_do_not_wake_python(mounted):
         for name in data:
             found[name] = (mounted.path / name).read_bytes()
 
-    assert forwarded(mounted, read_all) == 0
+    assert forwarded(mounted, read_all) <= 0
     assert found == data
 
 
