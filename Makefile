@@ -95,7 +95,7 @@ lint: $(VENV)/.dev
 # An sdist with the sources of the kernels, the wheel that pip makes of it, and both tried in an empty environment.
 package: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check build
-	@rm -rf build/package
+	@rm -rf build/package && mkdir -p build
 	@$(PY) -m build --no-isolation --outdir build/package . >build/package.log 2>&1 || { tail -20 build/package.log >&2; exit 1; }
 	@.ci/installed.sh build/package
 
