@@ -1,9 +1,11 @@
 """Fixtures shared by the layers: an open database, and real mounts driven by the command line as a user would."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -156,6 +158,36 @@ def need_root_and_fuse() -> None:
         pytest.skip("mounting as these tests do needs root (CAP_SYS_ADMIN)")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("/dev/fuse is missing")
+
+
+@pytest.fixture
+def open_to_users(tmp_path_factory):
+    """/dev/fuse as udev makes it: ordinary users may mount. Where it is root's alone, another node covers it for the test."""
+    need_root_and_fuse()
+    if not (shutil.which("setpriv") and shutil.which("fusermount3")):
+        pytest.skip("setpriv or fusermount3 is missing")
+    if os.stat("/dev/fuse").st_mode & 0o006 == 0o006:
+        yield
+        return
+    folder = tmp_path_factory.mktemp("device")
+    with mounted("-t", "tmpfs", "-o", "dev", "device", folder):
+        try:
+            os.mknod(folder / "fuse", stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+        except PermissionError:
+            pytest.skip("/dev/fuse is root's alone, and no other node can be made")
+        (folder / "fuse").chmod(0o666)
+        with mounted("--bind", folder / "fuse", "/dev/fuse"):
+            yield
+
+
+@contextlib.contextmanager
+def mounted(*words):
+    """As mount(8) does; the last word is the place."""
+    subprocess.run(["mount", *map(str, words)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", words[-1]], check=True)
 
 
 def lasting(mode, tmp_path_factory):

@@ -106,10 +106,8 @@ AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"
              "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")  # fmt: skip
 
 
-def test_an_ordinary_user_clears_a_dead_mount(tmp_path):
-    need_root_and_fuse()
-    if shutil.which("fusermount3") is None:
-        pytest.skip("fusermount3 is missing")
+@pytest.mark.usefixtures("open_to_users")
+def test_an_ordinary_user_clears_a_dead_mount():
     home = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
     os.chown(home, 65534, 65534)
 

@@ -28,6 +28,7 @@ from tests.faults.recorder import settings
 PARTS, STEPS = 2, 50  # processes of the recording one after the other, operations in each
 USE_EVERY = 10  # of so many states one is also written to, flushed and opened again
 REBUILD_EVERY = 7  # of so many one loses its index, which is made anew from the extents
+AT_RENAMES = 8  # states more are looked at after each rename: what it makes count should be on the disk before it
 COMPLAINTS = 5  # so many are enough to tell what is wrong
 
 
@@ -62,6 +63,9 @@ class Replay:
                 oracle.hear(mark)
             else:
                 disk.follow(entry)
+            if entry.kind == crash.RENAME:
+                for _ in range(AT_RENAMES):
+                    self.look(disk.image(self.chance), oracle, at)
             due = wanted * (at + 1) // len(self.log) - self.result.states
             for _ in range(min(due * 2, 12) if due > 0 else 0):
                 if wanted * (at + 1) // len(self.log) > self.result.states:
