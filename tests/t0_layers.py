@@ -56,3 +56,8 @@ def test_imports_point_downwards():
                 assert target in LEVEL and LEVEL[target] <= level, f"{file} imports {target}"
                 seen += 1
     assert seen > 10
+
+
+def test_architecture_tells_the_same_order():
+    told = (ROOT / "ARCHITECTURE.md").read_text().partition("`ext -> ")[2].partition("`")[0]
+    assert [level.split(", ") for level in " ".join(told.split()).split(" -> ")] == ORDER[1:]
