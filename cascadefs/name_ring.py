@@ -35,6 +35,7 @@ _HEAD = struct.Struct("<8sQQ40x")  # magic with the version of this layout, put,
 _RECORD = struct.Struct("<4QqQ4IiI256s")
 _NUMBER_AT = 40  # in a record
 _CREATE, _UNLINK = 35, 10  # opcodes of FUSE
+_FOR_BOTH = 1 << 16  # beside that of CREATE
 _COUNT = struct.Struct("<Q")
 MAGIC = b"CFNR\x01\0\0\0"
 RING_BYTES = _HEAD.size + RECORDS * _RECORD.size
@@ -43,7 +44,7 @@ RING_BYTES = _HEAD.size + RECORDS * _RECORD.size
 @dataclass(frozen=True, slots=True)
 class Created:
     """An empty regular file. `at`: its place among all records; `request`: the unique number of the CREATE; `fh`, `backing_id`:
-    as the kernel was told."""
+    as the kernel was told. `for_both`: the file was opened for reading and writing."""
 
     at: int
     request: int
@@ -57,6 +58,7 @@ class Created:
     gid: int
     backing_id: int
     name: bytes
+    for_both: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,9 @@ def _change(memory: bytes | mmap.mmap, at: int) -> Change | None:
     if 0 < name_bytes <= NAME_MAX and b"/" not in name:
         if kind == _UNLINK:
             return Removed(at, request, number, folder, time_ns, name)
-        if kind == _CREATE and stat.S_ISREG(mode):
-            return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name)
+        if kind & ~_FOR_BOTH == _CREATE and stat.S_ISREG(mode):
+            both = bool(kind & _FOR_BOTH)
+            return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name, both)
     log.error("a record of the ring of names makes no sense: %s", found)
     return None
 

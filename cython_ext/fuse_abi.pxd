@@ -79,6 +79,7 @@ cdef enum:  # what attributes.py says, too
     MODE_SETGID = 0o2000
     MODE_SETID = 0o6000
     OPEN_ACCMODE = 0o3
+    OPEN_FOR_BOTH = 0o2  # O_RDWR
     OPEN_TRUNC = 0o1000
 
 cdef enum:  # fuse_write_in.write_flags

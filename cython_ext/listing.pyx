@@ -219,8 +219,9 @@ def told(bytes entries):
     return found, staged, end
 
 
-def renewed(bytes entries, bytes memory, bytes parking):
-    """The entries with what their staged files say, which lie in these two folders under the numbers of their inodes."""
+def renewed(bytes entries, bytes memory, bytes parking, frozenset mapped=frozenset()):
+    """The entries with what their staged files say, which lie in these two folders under the numbers of their inodes. Attributes
+    of the `mapped` are for no time at all."""
     cdef bytes copy = PyBytes_FromStringAndSize(PyBytes_AS_STRING(entries), PyBytes_GET_SIZE(entries))
     cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(copy)
     cdef size_t size = <size_t>PyBytes_GET_SIZE(copy)
@@ -231,4 +232,16 @@ def renewed(bytes entries, bytes memory, bytes parking):
         code = renew_all(data, size, in_memory, in_parking)
     if code:
         raise OSError(code, strerror(code))
+    if mapped:
+        shorten(data, size, mapped)
     return copy
+
+
+cdef void shorten(uint8_t *entries, size_t size, frozenset mapped):
+    cdef DirentPlus *entry
+    cdef size_t at = 0
+    while at < size:
+        entry = <DirentPlus *>(entries + at)
+        if entry.nodeid in mapped:
+            entry.attr_valid = 0
+        at += entry_bytes(entry.namelen)

@@ -20,6 +20,7 @@ cdef enum:
     RING_RECORDS = 1 << 11
     SPARES_MAX = 1 << 9
     NAME_ROOM = 256
+    CREATED_FOR_BOTH = 1 << 16
     SEQ_CST = 5  # __ATOMIC_SEQ_CST
 
 ctypedef struct Spare:
@@ -35,7 +36,7 @@ ctypedef struct NameRecord:  # as name_ring.py has it
     uint64_t fh
     int64_t time_ns
     uint64_t number  # Python's, of the operation; 0: it has not begun to enter this
-    uint32_t kind  # an opcode
+    uint32_t kind  # an opcode; CREATED_FOR_BOTH with it: the file is open for reading and writing
     uint32_t mode
     uint32_t uid
     uint32_t gid
@@ -168,6 +169,8 @@ cdef inline bint read_create(const uint8_t *message, size_t size, NameRecord *re
         return False
     record.mode = MODE_REGULAR | (arg.mode & 0o7777 & ~arg.umask)
     record.uid, record.gid = head.uid, head.gid
+    if arg.flags & OPEN_ACCMODE == OPEN_FOR_BOTH:
+        record.kind |= CREATED_FOR_BOTH
     return not (arg.flags & <uint32_t>O_DSYNC or record.mode & MODE_SETID)
 
 
@@ -182,7 +185,8 @@ cdef inline void answer_create(const NameRecord *record, fuse_create_out *answer
     cdef uint64_t seconds = <uint64_t>(record.time_ns // 1000000000)
     cdef uint32_t rest = <uint32_t>(record.time_ns % 1000000000)
     memset(answer, 0, sizeof(fuse_create_out))
-    answer.nodeid, answer.entry_valid, answer.attr_valid = record.ino, SETTLED_S, STAGED_S
+    answer.nodeid, answer.entry_valid = record.ino, SETTLED_S
+    answer.attr_valid = 0 if record.kind & CREATED_FOR_BOTH else STAGED_S  # it may be written to through a mapping: mount/mappings.py
     answer.attr.ino, answer.attr.nlink, answer.attr.blksize = record.ino, 1, BLOCK_BYTES
     answer.attr.mode, answer.attr.uid, answer.attr.gid = record.mode, record.uid, record.gid
     answer.attr.atime = answer.attr.mtime = answer.attr.ctime = seconds

@@ -33,6 +33,7 @@ class Answered:
         self.files = store.files
         self.files.pads = self.transport.pads
         self.spares, self.grants = Spares(store, handles), Grants(store, handles, self.catch_up_or_fail)
+        handles.unmapped = self._unmapped
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
 
     def prepare(self, handler: str) -> None:
@@ -131,7 +132,12 @@ class Answered:
         self.once.add_done(one.request for one in self.store.pending)
         self.store.ring.settle(self.store.ring.put)
         self.inherited = True
+        if self.handles.passthrough:
+            self.handles.mappings.may_come(self.store.index.staged_inodes())
         self._take_in(released, forgotten)
+
+    def _unmapped(self, ino: int) -> None:
+        self.grants.renew(ino, self.store.namespace.find(ino))
 
     def _granted(self, ino: int, fh: int | None, request: int, backing_id: int) -> None:
         """The transport has answered an OPEN for reading, by a grant. `fh` None: it is closed already."""

@@ -11,8 +11,8 @@ from cascadefs.config import KIB, NAME_MAX
 from cascadefs.store import Store
 from cascadefs.types import Inode
 
-# Names and attributes change only through this mount, so the kernel sees every change. Exception: times that a write
-# through a mapping moves while the file is staged; they may be seen this much later (at once after fsync or msync).
+# Names and attributes change only through this mount, so the kernel sees every change. Exception: times that a write through
+# a mapping moves while the file is staged (mappings.py).
 STAGED_S, SETTLED_S = 30, 3600
 # The kernel may keep that a name is absent, too: none appears past it. Exception: a program is killed while it creates one and
 # waits for the next worker; that name may be hidden so long.
@@ -27,13 +27,20 @@ STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800
 NO_FILE_YET = bytes(_ATTR_OUT.size)  # for a spare
 
 
-def entry(inode: Inode, cached: bool = True) -> pyfuse3.EntryAttributes:
+def _valid_s(inode: Inode, is_mapped: bool) -> int:
+    """How long the kernel may keep attributes; `is_mapped` as mappings.py says."""
+    if not inode.home:
+        return SETTLED_S
+    return 0 if is_mapped else STAGED_S
+
+
+def entry(inode: Inode, cached: bool = True, is_mapped: bool = False) -> pyfuse3.EntryAttributes:
     """An entry reply; `cached` False for what changes behind the kernel's back."""
     e = pyfuse3.EntryAttributes()
     e.st_ino = pyfuse3.InodeT(inode.ino)
     e.generation = 0
     e.entry_timeout = SETTLED_S if cached else 0
-    e.attr_timeout = (STAGED_S if inode.home else SETTLED_S) if cached else 0
+    e.attr_timeout = _valid_s(inode, is_mapped) if cached else 0
     e.st_mode = pyfuse3.ModeT(inode.mode)
     e.st_nlink, e.st_uid, e.st_gid, e.st_rdev = inode.nlink, inode.uid, inode.gid, inode.rdev
     e.st_size, e.st_blksize, e.st_blocks = inode.size, _block_of(inode), inode.blocks
@@ -45,18 +52,17 @@ def _block_of(inode: Inode) -> int:
     return FOLDER_BLOCK if stat.S_ISDIR(inode.mode) else BLOCK
 
 
-def getattr_answer(inode: Inode) -> bytes:
+def getattr_answer(inode: Inode, is_mapped: bool = False) -> bytes:
     """The same as a struct fuse_attr_out, for the transport to answer GETATTR with; of a staged file as its row has it."""
     times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
     seconds, rest = (t // NS for t in times), (t % NS for t in times)
     numbers = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, _block_of(inode), 0)
-    valid_s = STAGED_S if inode.home else SETTLED_S
-    return _ATTR_OUT.pack(valid_s, 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
+    return _ATTR_OUT.pack(_valid_s(inode, is_mapped), 0, 0, inode.ino, inode.size, inode.blocks, *seconds, *rest, *numbers)
 
 
-def statx_answer(inode: Inode, born_ns: int | None, is_cached: bool) -> bytes:
+def statx_answer(inode: Inode, born_ns: int | None, is_cached: bool, is_mapped: bool = False) -> bytes:
     """A struct fuse_statx_out: what getattr_answer() tells, and the time of birth if it is known."""
-    valid_s = (STAGED_S if inode.home else SETTLED_S) if is_cached else 0
+    valid_s = _valid_s(inode, is_mapped) if is_cached else 0
     mask = STATX_BASIC_STATS | (0 if born_ns is None else STATX_BTIME)
     owner = (inode.nlink, inode.uid, inode.gid, inode.mode)
     times = ((t // NS, t % NS) for t in (inode.atime_ns, born_ns or 0, inode.ctime_ns, inode.mtime_ns))

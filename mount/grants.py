@@ -44,7 +44,7 @@ class Grants:
         self._memory_is_short = False
         self._limit = share(LIMIT, 4)
         self.transport.number_grants((handles.table.generation << 32) + FIRST)
-        store.files.sealed, store.files.deleting, store.files.recall = self.want, self.end_deleted, self.end
+        store.files.sealed, store.files.deleting, store.files.recall = self._sealed, self.end_deleted, self.end
         store.files.owners.let_go = self.let_go
         store.residency.before_eviction = self._want_memory
 
@@ -70,6 +70,10 @@ class Grants:
             self._give(handle.ino)
         except OSError as e:
             log.debug("no grant for inode %d: %s", handle.ino, e)
+
+    def _sealed(self, ino: int) -> None:
+        self.handles.mappings.ended(ino)
+        self.want(ino)
 
     def want(self, ino: int) -> None:
         """This inode shows an object in memory now: a grant for it, or news to that which it has, when there is time."""
@@ -134,7 +138,8 @@ class Grants:
             self.transport.drop_attributes(ino)
 
     def _tell_attributes(self, inode: Inode, source: Source) -> None:
-        self.transport.set_attributes(inode.ino, getattr_answer(inode), source.fd if inode.home else -1)
+        answer = getattr_answer(inode, inode.ino in self.handles.mappings)
+        self.transport.set_attributes(inode.ino, answer, source.fd if inode.home else -1)
 
     def _tell(self, ino: int, source: Source) -> None:
         """As handles.py announces a reader."""
@@ -201,6 +206,7 @@ class Grants:
         """The kernel has forgotten the inode after its last close: nothing of it can be unknown."""
         self.transport.revoke(ino)
         self._let_go(ino)
+        self.handles.mappings.ended(ino)
 
     def end_all(self) -> None:
         """Nothing that nobody has open is held in memory by a grant afterwards."""

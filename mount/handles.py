@@ -14,7 +14,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyfuse3
@@ -23,6 +23,7 @@ from cascadefs import media
 from cascadefs.ext.fuse_transport import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Transport
 from cascadefs.live import Handle, Source
 from cascadefs.mount import privileges
+from cascadefs.mount.mappings import Mappings, can_map
 from cascadefs.mount.table import KeptHandle, Table
 from cascadefs.name_ring import Created
 from cascadefs.store import Store
@@ -53,6 +54,8 @@ class Handles:
         self.store, self.transport, self.table = store, transport, table
         self.passthrough, self.direct_writes = passthrough, direct_writes
         self._open: dict[int, Opened] = {}
+        self.mappings = Mappings()
+        self.unmapped: Callable[[int], None] = lambda ino: None  # no mapping writes to it any more
         self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
         self._numbers = itertools.count((table.generation << 32) + 1)
         self.open_flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
@@ -69,6 +72,7 @@ class Handles:
         `is_root`: the opener may write to a file without taking set-id bits from it. `new_in`: the folder that it was
         just made in."""
         fh = self.number()
+        self.expect_mapping(handle, flags)
         try:
             by_us = handle.writable and self._is_by_us(handle.ino, flags, is_root)
             opened = self._announce(fh, handle, by_us)
@@ -84,8 +88,14 @@ class Handles:
             self.transport.watch(handle.ino, fh, new_in, handle.source.fd)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=False)
 
+    def expect_mapping(self, handle: Handle, flags: int) -> bool:
+        """A file is about to be opened with these flags. Whether only from now on its attributes are for no time at all."""
+        return self.passthrough and can_map(flags) and self.mappings.may_come((handle.ino,))
+
     def take_spare(self, one: Created, handle: Handle) -> None:
         """The kernel has opened a file that the transport made."""
+        if one.for_both:
+            self.mappings.may_come((one.ino,))
         self._open[one.fh] = Opened(handle, -1)
         self.table.add_handle(KeptHandle(one.fh, one.ino, one.request, one.backing_id, True, False))
 
@@ -220,7 +230,12 @@ class Handles:
         self.table.remove_handle(fh)
         if opened.fd >= 0:
             os.close(opened.fd)
+        self._look_for_mappings(opened.handle)
         self.store.files.release(opened.handle)
+
+    def _look_for_mappings(self, handle: Handle) -> None:
+        if handle.writable and self.store.files.of(handle.ino).writers == 1 and self.mappings.closed(handle):
+            self.unmapped(handle.ino)
 
     def all_handles(self) -> list[Handle]:
         """Handles that are open, for when the mount is gone and nobody will close them."""

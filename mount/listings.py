@@ -79,6 +79,7 @@ class Listings:
         residency = store.residency
         self._staged = os.fsencode(residency.memory.staged_folder), os.fsencode(residency.parking.staged_folder)
         self.bounds = Bounds(self.names.last_entry)
+        self._mapped = answered.handles.mappings
         self._ahead: dict[Place, Part] = {}  # in the order they were made
 
     async def serve(self) -> None:
@@ -105,7 +106,8 @@ class Listings:
             at = Place(folder, max(position, listing.DOTS), last)
             part = self._part(at, room - len(dots))
             listing.pads(self.files.pads())
-            entries = listing.renewed(part.entries, *self._staged) if part.staged else part.entries
+            mapped = self._mapped.among(part.inodes) if part.staged else frozenset()
+            entries = listing.renewed(part.entries, *self._staged, mapped) if part.staged else part.entries
             self._tell(request, part.inodes, dots + entries if dots else entries)
         except Exception as e:
             self.transport.answer_listing(request, b"", errno_of("readdirplus", e))

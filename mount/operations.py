@@ -72,7 +72,10 @@ class Operations(pyfuse3.Operations):
     def _told(self, inode: Inode) -> Entry:
         """An entry reply: the kernel knows the inode once more."""
         self.files.lookups[inode.ino] = self.files.lookups.get(inode.ino, 0) + 1
-        return entry(self.files.with_staged(inode))
+        return self._entry(self.files.with_staged(inode))
+
+    def _entry(self, inode: Inode) -> Entry:
+        return entry(inode, is_mapped=inode.ino in self.handles.mappings)
 
     async def lookup(self, parent: int, name: bytes, ctx: Context) -> Entry:
         """LOOKUP."""
@@ -243,7 +246,7 @@ class Operations(pyfuse3.Operations):
         """READDIRPLUS that listings.py does not answer. Positions: 1 and 2 after the dots, then DOTS more than the cookies."""
         for position, name, inode in self._dots_and(fh, start_id):
             dot, shown = position <= DOTS, is_virtual(inode.ino)
-            attributes = entry(inode, cached=False) if shown else entry(self.files.with_staged(inode))
+            attributes = entry(inode, cached=False) if shown else self._entry(self.files.with_staged(inode))
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, position):
                 return
             if not shown and not dot:  # the kernel counts no lookup for dots
@@ -276,7 +279,7 @@ class Operations(pyfuse3.Operations):
         """GETATTR."""
         if is_virtual(inode):
             return entry(self.virtual.inode(inode), cached=False)
-        return entry(self.files.attributes(inode))
+        return self._entry(self.files.attributes(inode))
 
     async def setattr(self, inode: int, attr: Entry, fields: pyfuse3.SetattrFields, fh: int | None, ctx: Context) -> Entry:
         """SETATTR: truncate, chmod, chown, utimens."""
@@ -299,7 +302,7 @@ class Operations(pyfuse3.Operations):
             self.files.set_times(inode, atime, attr.st_mtime_ns if fields.update_mtime else None)
         found = self.names.get(inode)
         self.answered.grants.renew(inode, found)
-        return entry(self.files.with_staged(found))
+        return self._entry(self.files.with_staged(found))
 
     async def statfs(self, ctx: Context) -> pyfuse3.StatvfsData:
         """STATFS."""
@@ -319,7 +322,7 @@ class Operations(pyfuse3.Operations):
         """STATX, which the transport puts as a GETXATTR: as getattr(), with the time of birth."""
         if is_virtual(inode):
             return statx_answer(self.virtual.inode(inode), None, is_cached=False)
-        return statx_answer(self.files.attributes(inode), self.names.born_ns(inode), is_cached=True)
+        return statx_answer(self.files.attributes(inode), self.names.born_ns(inode), True, inode in self.handles.mappings)
 
     async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
         """LISTXATTR."""
@@ -393,7 +396,7 @@ class Operations(pyfuse3.Operations):
             raise
         self.files.lookups[inode.ino] = 1
         self.answered.grants.opened(handle)
-        return info, entry(inode)
+        return info, self._entry(inode)
 
     def _create_nameless(self, parent: int, kind: int, flags: int, home: int, ctx: Context) -> tuple[Info, Entry]:
         """O_TMPFILE. Sent again, it is made again: nobody holds the first one, which goes with the handle of the request."""
@@ -403,7 +406,7 @@ class Operations(pyfuse3.Operations):
         inode, handle = self.files.create(partial(self.names.make_nameless, parent, kind, ctx.uid, ctx.gid, home))
         info = self.handles.add(handle, flags, request, is_root=ctx.uid == 0)
         self.files.lookups[inode.ino] = 1
-        return info, entry(inode)
+        return info, self._entry(inode)
 
     async def open(self, inode: int, flags: int, ctx: Context) -> Info:
         """OPEN."""
@@ -423,8 +426,11 @@ class Operations(pyfuse3.Operations):
         return self._opened(handle, flags, request, ctx, outside)
 
     def _opened(self, handle: Handle, flags: int, request: int, ctx: Context, outside: bool = False) -> Info:
+        is_news = self.handles.expect_mapping(handle, flags)
         info = self.handles.add(handle, flags, request, ctx.uid == 0, outside)
         self.answered.grants.opened(handle)
+        if is_news:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(handle.ino), attr_only=True)
         return info
 
     def _is_outside(self, ino: int, pid: int, gid: int) -> bool:
