@@ -1,13 +1,13 @@
-"""Names that were made and removed for the kernel and are not in the index yet: a ring of records in the memory tier, which
-outlives all processes.
+"""Names that were made, moved and removed for the kernel and are not in the index yet: a ring of records in the memory tier,
+which outlives all processes.
 
 Owns: the layout, reading it, and saying what is done with. Its writer is the transport (cython_ext/name_ring.pxd), which
-answers CREATE and UNLINK by itself; without a mount nobody writes. Knows no index. Invariants:
+answers CREATE, RENAME and UNLINK by itself; without a mount nobody writes. Knows no index. Invariants:
 (1) A record counts from when `put` says so until `done` does. It is settled after the commit that enters it, so a crash may
     show it again. Before that commit it gets the number of its operation: the folder's row tells whether it was entered
     (namespace.py `is_done`). A number of 0: nobody has begun.
 (2) Nothing in the file is trusted: a ring that makes no sense is begun anew, with a line in the log.
-(3) Records are in the order of the changes: a name may be removed and made again.
+(3) Records are in the order of the changes: a name may be removed and made again. A move has two, which come and go together.
 """
 
 import contextlib
@@ -34,8 +34,9 @@ RECORDS = 1 << 11
 _HEAD = struct.Struct("<8sQQ40x")  # magic with the version of this layout, put, done
 _RECORD = struct.Struct("<4QqQ4IiI256s")
 _NUMBER_AT = 40  # in a record
-_CREATE, _UNLINK = 35, 10  # opcodes of FUSE
+_CREATE, _UNLINK, _RENAME = 35, 10, 12  # opcodes of FUSE
 _FOR_BOTH = 1 << 16  # beside that of CREATE
+_MOVED_TO = 1 << 17  # the second record of a RENAME
 _COUNT = struct.Struct("<Q")
 MAGIC = b"CFNR\x01\0\0\0"
 RING_BYTES = _HEAD.size + RECORDS * _RECORD.size
@@ -73,7 +74,22 @@ class Removed:
     name: bytes
 
 
-Change: TypeAlias = Created | Removed
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A file has another name, which was absent. `request`: the unique number of the RENAME."""
+
+    at: int
+    request: int
+    number: int
+    folder: int
+    ino: int
+    time_ns: int
+    name: bytes
+    new_folder: int
+    new_name: bytes
+
+
+Change: TypeAlias = Created | Moved | Removed
 
 
 def pending_changes(folder: Path) -> list[Change]:
@@ -94,21 +110,35 @@ def pending_changes(folder: Path) -> list[Change]:
 
 
 def _changes(memory: bytes | mmap.mmap, done: int, put: int) -> list[Change]:
-    found = (_change(memory, at) for at in range(done, put))
-    return [change for change in found if change is not None]
+    found, at = [], done
+    while at < put:
+        if (change := _change(memory, at, put)) is not None:
+            found.append(change)
+        at += 2 if isinstance(change, Moved) else 1
+    return found
 
 
-def _change(memory: bytes | mmap.mmap, at: int) -> Change | None:
+def _change(memory: bytes | mmap.mmap, at: int, put: int) -> Change | None:
     found = _RECORD.unpack_from(memory, _place(at))
     request, folder, ino, fh, time_ns, number, kind, mode, uid, gid, backing_id, name_bytes, name = found
     name = name[:name_bytes]
     if 0 < name_bytes <= NAME_MAX and b"/" not in name:
         if kind == _UNLINK:
             return Removed(at, request, number, folder, time_ns, name)
+        if kind == _RENAME and (there := _moved_to(memory, at + 1, put)):
+            return Moved(at, request, number, folder, ino, time_ns, name, *there)
         if kind & ~_FOR_BOTH == _CREATE and stat.S_ISREG(mode):
             both = bool(kind & _FOR_BOTH)
             return Created(at, request, number, folder, ino, fh, time_ns, mode, uid, gid, backing_id, name, both)
     log.error("a record of the ring of names makes no sense: %s", found)
+    return None
+
+
+def _moved_to(memory: bytes | mmap.mmap, at: int, put: int) -> tuple[int, bytes] | None:
+    """(folder, name) of the second record of a move."""
+    _, folder, *_, kind, _, _, _, _, name_bytes, name = _RECORD.unpack_from(memory, _place(at))
+    if at < put and kind == _MOVED_TO and 0 < name_bytes <= NAME_MAX and b"/" not in name[:name_bytes]:
+        return folder, name[:name_bytes]
     return None
 
 

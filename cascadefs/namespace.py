@@ -1,6 +1,6 @@
-"""Inodes, entries, extended attributes: what `ls` sees. Reads and writes rows; never awaits, never touches file bytes.
+"""Inodes and entries: what `ls` sees. Reads and writes rows; never awaits, never touches file bytes.
 
-Owns: tables inodes, entries, xattrs. Does not know objects (content columns are handed through) nor lookup counts.
+Owns: tables inodes, entries. Does not know objects (content columns are handed through) nor lookup counts.
 Invariants:
 (1) nlink equals the number of entries of a file, and 2 + the number of sub-folders of a folder.
 (2) Every method is one transaction; a method that raises OSError has changed nothing.
@@ -19,15 +19,15 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 
-from cascadefs.config import NAME_MAX, SYMLINK_MAX, XATTR_VALUE_MAX
+from cascadefs.config import NAME_MAX, SYMLINK_MAX
 from cascadefs.database import Database
 from cascadefs.errors import os_error
-from cascadefs.name_ring import Change, Created
+from cascadefs.name_ring import Change, Created, Moved
 from cascadefs.types import Home, Inode
+from cascadefs.xattrs import Xattrs
 
 ROOT = 1
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
-XATTR_CREATE, XATTR_REPLACE = 1, 2
 LINK_MAX = 65000  # as ext4
 HOLDER = b"holder"
 NO_BOUND = (1 << 63) - 1  # of cookies
@@ -45,6 +45,7 @@ class Namespace:
         self._database = database
         self._db = database.connection
         self._changed = database.changed  # every method says here which inodes it touches
+        self.xattrs = Xattrs(database)
         if self.find(ROOT) is None:
             now = time.time_ns()
             self._insert(ROOT, stat.S_IFDIR | 0o755, uid, gid, 2, 0, now, None)
@@ -173,20 +174,34 @@ class Namespace:
         self.first_ino = self._next_ino = max(self._next_ino, ino + 1)
 
     def enter(self, changes: Sequence[Change], numbers: Sequence[int]) -> dict[int, int]:
-        """Rows and names of files that exist, staged in memory, and names that are gone, as they came; `numbers` are those of
-        the operations. Returns {place of a removal: inode that lost the name}. OSError: nothing was done."""
+        """Rows and names of files that exist, staged in memory, and names that are gone or moved, as they came; `numbers` are
+        those of the operations. Returns {place of a removal or move: inode that lost the name}. OSError: nothing was done."""
         folders, gone = dict[int, tuple[int, int]](), dict[int, int]()
         with self._database.transaction():
             for one, op in zip(changes, numbers, strict=True):
+                folders[one.folder] = one.time_ns, op
                 if isinstance(one, Created):
                     self._insert(one.ino, one.mode, one.uid, one.gid, 1, 0, one.time_ns, None, Home.MEMORY)
                     self._enter(one.folder, one.name, one.ino)
+                elif isinstance(one, Moved):
+                    if self._move(one):
+                        gone[one.at] = one.ino
+                        folders[one.new_folder] = one.time_ns, op
                 elif (ino := self._remove(one.folder, one.name, one.time_ns)) is not None:
                     gone[one.at] = ino
-                folders[one.folder] = one.time_ns, op
             for folder, (time_ns, op) in folders.items():
                 self._touch_folder(folder, time_ns, 0, op)
         return gone
+
+    def _move(self, one: Moved) -> bool:
+        """As rename(); the caller touches both folders. False: the old name is not the file's, or the new one is taken."""
+        found = self.lookup(one.folder, one.name)
+        if found is None or found.ino != one.ino or self.lookup(one.new_folder, one.new_name) is not None:
+            return False
+        self._changed.add(one.ino)
+        self._move_entry(one.folder, one.name, one.ino, one.new_folder, one.new_name, is_taken=False)
+        self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (one.time_ns, one.ino))
+        return True
 
     def _remove(self, folder: int, name: bytes, time_ns: int) -> int | None:
         """A name of a file goes; its folder is touched by the caller. None: there is no such name."""
@@ -357,7 +372,7 @@ class Namespace:
         """Forget an orphan for good (its content references have been dropped by the caller)."""
         self._changed.add(ino)
         with self._database.transaction():
-            self._db.execute("DELETE FROM xattrs WHERE ino=?", (ino,))
+            self.xattrs.drop(ino)
             self._db.execute("DELETE FROM inodes WHERE ino=? AND nlink=0", (ino,))
 
     def names_of(self, ino: int) -> list[tuple[int, bytes]]:
@@ -474,46 +489,3 @@ class Namespace:
         self._changed.add(ino)
         assignments = ", ".join(f"{column}=?" for column in columns)
         self._db.execute(f"UPDATE inodes SET {assignments} WHERE ino=?", (*columns.values(), ino))
-
-    def get_xattr(self, ino: int, name: bytes) -> bytes:
-        """The value; ENODATA when there is none."""
-        row = self._db.execute("SELECT value FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone()
-        if row is None:
-            raise os_error(errno.ENODATA, name)
-        return bytes(row[0])
-
-    def has_xattr(self, ino: int, name: bytes) -> bool:
-        """Whether the inode has an attribute of that name."""
-        return self._db.execute("SELECT 1 FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone() is not None
-
-    def any_xattr(self, name: bytes) -> bool:
-        """Whether any inode has an attribute of that name."""
-        return self._db.execute("SELECT 1 FROM xattrs WHERE name=? LIMIT 1", (name,)).fetchone() is not None
-
-    def list_xattrs(self, ino: int) -> list[bytes]:
-        """Names, sorted."""
-        return [row[0] for row in self._db.execute("SELECT name FROM xattrs WHERE ino=? ORDER BY name", (ino,))]
-
-    def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        """setxattr(2) with XATTR_CREATE and XATTR_REPLACE."""
-        if len(name) > NAME_MAX:
-            raise os_error(errno.ERANGE, name)
-        if len(value) > XATTR_VALUE_MAX:
-            raise os_error(errno.E2BIG, name)
-        self._changed.add(ino)
-        with self._database.transaction():
-            known = self._db.execute("SELECT 1 FROM xattrs WHERE ino=? AND name=?", (ino, name)).fetchone()
-            if known and flags & XATTR_CREATE:
-                raise os_error(errno.EEXIST, name)
-            if not known and flags & XATTR_REPLACE:
-                raise os_error(errno.ENODATA, name)
-            self._db.execute("INSERT OR REPLACE INTO xattrs VALUES(?,?,?)", (ino, name, value))
-            self._db.execute("UPDATE inodes SET ctime_ns=? WHERE ino=?", (time.time_ns(), ino))
-
-    def remove_xattr(self, ino: int, name: bytes, op: int = 0) -> None:
-        """ENODATA when there is none."""
-        self._changed.add(ino)
-        with self._database.transaction():
-            if self._db.execute("DELETE FROM xattrs WHERE ino=? AND name=?", (ino, name)).rowcount == 0:
-                raise os_error(errno.ENODATA, name)
-            self._db.execute("UPDATE inodes SET ctime_ns=?, last_op=max(last_op, ?) WHERE ino=?", (time.time_ns(), op, ino))

@@ -22,7 +22,7 @@ from cascadefs.database import Database, claim, read_identity
 from cascadefs.errors import StoreError
 from cascadefs.index import digest_of, recount_objects
 from cascadefs.manifest import Listed, Manifest, Told, decode
-from cascadefs.name_ring import Change, Created, Removed, pending_changes
+from cascadefs.name_ring import Change, Created, Moved, Removed, pending_changes
 from cascadefs.namespace import ROOT
 from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
 from cascadefs.scan import Found
@@ -159,7 +159,7 @@ class Tree:
 
     def entered_later(self, pending: Sequence[Change]) -> set[int]:
         """Inodes whose names the next mount enters, from the ring in memory: there is room for them, or will be by then."""
-        free = {(one.folder, one.name) for one in pending if isinstance(one, Removed)}
+        free = {(one.folder, one.name) for one in pending if isinstance(one, Moved | Removed)}
         made = [one for one in pending if isinstance(one, Created) and self._is_folder(one.folder)]
         return {one.ino for one in made if (one.folder, one.name) not in self.entries or (one.folder, one.name) in free}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files
-from cascadefs.name_ring import Change, Created, NameRing, Removed
+from cascadefs.name_ring import Change, Created, Moved, NameRing, Removed
 from cascadefs.namespace import HOLDER
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Home, Inode, Object
@@ -53,19 +53,26 @@ def enter_pending(files: Files, ring: NameRing, changes: Sequence[Change]) -> No
         except OSError as e:
             if e.errno not in (errno.EEXIST, errno.ENOENT, errno.ESTALE):
                 raise
-            done = "made" if isinstance(one, Created) else "removed"
+            done = {Created: "made", Moved: "moved", Removed: "removed"}[type(one)]
             log.error("a name %s just before a crash cannot be entered: %r in folder %d: %s", done, one.name, one.folder, e)
 
 
 def _enter_one(files: Files, one: Change, number: int) -> None:
-    if isinstance(one, Removed):
+    if isinstance(one, Moved) and _shows(files, one.new_folder, one.new_name, one.ino):
+        return  # the index was rebuilt meanwhile, from extents that knew the new name
+    if not isinstance(one, Created):
         if not files.namespace.enter([one], [number]):
             raise os_error(errno.ENOENT)
     elif files.namespace.find(one.ino) is None:
         files.namespace.enter([one], [number])
-    elif (known := files.namespace.lookup(one.folder, one.name)) is None or known.ino != one.ino:
+    elif not _shows(files, one.folder, one.name, one.ino):
         log.error("a file made just before a crash is lost: %r in folder %d, inode %d", one.name, one.folder, one.ino)
     # else the index was rebuilt meanwhile, from extents that knew the file
+
+
+def _shows(files: Files, folder: int, name: bytes, ino: int) -> bool:
+    found = files.namespace.lookup(folder, name)
+    return found is not None and found.ino == ino
 
 
 def recover(files: Files, keep_orphans: bool = False) -> Recovered:

@@ -9,7 +9,7 @@ from cython_ext.listing_queue cimport listings_put
 from cython_ext.message_io cimport asks_for_capability
 from cython_ext.name_table cimport is_absent
 from cython_ext.own_answers cimport (
-    Known, allocate_file, attributes_of, keep_release, make_file, open_file, open_folder, remove_name, seek_file)
+    Known, allocate_file, attributes_of, keep_release, make_file, move_name, open_file, open_folder, remove_name, seek_file)
 from cython_ext.wire cimport Wire, answer, answer_open
 from libc.errno cimport ENODATA, ENOENT, ENOSYS
 from libc.stddef cimport size_t
@@ -22,7 +22,7 @@ cdef enum:
 
 cdef inline bint names_answered(
         Known *known, Wire *wire, const uint8_t *message, size_t size, bint makes_files, int *code) noexcept nogil:
-    """LOOKUP, CREATE, UNLINK, and what is asked of folders. `makes_files`: in passthrough."""
+    """LOOKUP, CREATE, UNLINK, RENAME, and what is asked of folders. `makes_files`: in passthrough."""
     cdef const fuse_in_header *head = <const fuse_in_header *>message
     cdef fuse_create_out made
     cdef fuse_open_out opened
@@ -32,7 +32,8 @@ cdef inline bint names_answered(
         code[0] = answer(wire, head.unique, 0 if known.names.absent_s else ENOENT, &made, ENTRY_BYTES)
     elif head.opcode == FUSE_CREATE and makes_files and make_file(known, message, size, &made):
         code[0] = answer_open(wire, &known.events, head.unique, &made, sizeof(made), made.opened.fh)
-    elif head.opcode == FUSE_UNLINK and remove_name(known, message, size):
+    elif head.opcode == FUSE_UNLINK and remove_name(known, message, size) or (
+            head.opcode == FUSE_RENAME and move_name(known, message, size)):
         code[0] = answer(wire, head.unique, 0, NULL, 0)
     elif head.opcode in (FUSE_OPENDIR, FUSE_RELEASEDIR) and open_folder(known, head, &opened):
         code[0] = answer(wire, head.unique, 0, &opened, sizeof(opened) if head.opcode == FUSE_OPENDIR else 0)

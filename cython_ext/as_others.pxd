@@ -1,9 +1,10 @@
-# Requests that pyfuse3 has no handler for, put in the form of others that it has.
+# Requests that pyfuse3 has no handler for, put in the form of others that it has; and those of folders, whose handle is their inode.
 #
 # Owns: the forms. A .pxd of inline functions, compiled into fuse_transport. Knows no table. Invariants: (1) The answer to the other
 # request is, byte for byte, one to this. (2) No caller can send what is made here: pid -1 tells it.
 
 from cython_ext.fuse_abi cimport *
+from cython_ext.listing_queue cimport LISTING_BYTES
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
@@ -17,6 +18,16 @@ cdef inline void put_as_other(uint8_t *message) noexcept nogil:
         statx_as_getxattr(message)
     elif head.opcode == FUSE_FALLOCATE:
         allocation_as_setxattr(message)
+    elif head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS, FUSE_FSYNCDIR):
+        of_folder(head, <fuse_io_in *>(message + sizeof(fuse_in_header)))
+
+
+cdef inline void of_folder(const fuse_in_header *head, fuse_io_in *arg) noexcept nogil:
+    """Python's handle of a folder is what pyfuse3 tells it instead of the folder. An answer must fit the smallest socket buffer that
+    a system may grant, 208 KiB."""
+    arg.fh = head.nodeid
+    if head.opcode != FUSE_FSYNCDIR:
+        arg.size = min(arg.size, <uint32_t>LISTING_BYTES)
 
 
 cdef inline void statx_as_getxattr(uint8_t *message) noexcept nogil:

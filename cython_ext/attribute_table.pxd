@@ -119,6 +119,16 @@ cdef inline int64_t nanoseconds(uint64_t seconds, uint32_t rest) noexcept nogil:
     return <int64_t>seconds * 1000000000 + rest
 
 
+cdef inline void attributes_change(AttributeTable *table, uint64_t ino, int64_t time_ns) noexcept nogil:
+    """An inode changed at that time, in what is not its content."""
+    cdef Kept *kept
+    pthread_mutex_lock(&table.mutex)
+    kept = <Kept *><uintptr_t>map_get(&table.map, ino)
+    if kept != NULL:
+        kept.answer.attr.ctime, kept.answer.attr.ctimensec = <uint64_t>(time_ns // 1000000000), <uint32_t>(time_ns % 1000000000)
+    pthread_mutex_unlock(&table.mutex)
+
+
 cdef inline void attributes_touch(AttributeTable *table, uint64_t ino, int64_t time_ns) noexcept nogil:
     """Something in a folder changed at that time."""
     cdef Kept *kept

@@ -188,6 +188,9 @@ ctypedef struct fuse_attr_out:
     uint32_t padding
     fuse_attr attr
 
+ctypedef struct fuse_rename_in:
+    uint64_t newdir
+
 ctypedef struct fuse_open_in:
     uint32_t flags
     uint32_t open_flags

@@ -4,9 +4,9 @@
 # Python tells it. A request is answered here when a handle's descriptor is enough (READ, WRITE), when pyfuse3 lacks it (FALLOCATE,
 # LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
 # is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
-# in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK). READDIRPLUS waits for
-# Python, which answers past pyfuse3; all else is forwarded, some of it put as something else (as_others.pxd). Answers pass unchanged but for INIT (what the kernel may do) and OPEN,
-# CREATE (passthrough).
+# in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK, RENAME). READDIRPLUS waits for
+# Python, which answers past pyfuse3; all else is forwarded, some of it put as something else (as_others.pxd). Of answers only
+# those to INIT, OPEN and CREATE are changed.
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
@@ -17,21 +17,21 @@
 from cython_ext.allocate_ahead cimport ahead_created, ahead_opened, ahead_released, ahead_stop, ahead_watch, gaps_taken
 from cython_ext.answers_here cimport files_answered, names_answered
 from cython_ext.as_others cimport put_as_other
-from cython_ext.attribute_table cimport attributes_drop, attributes_put
+from cython_ext.attribute_table cimport attributes_drop
 from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
 from cython_ext.event_queue cimport EventRing, events_count, events_done, events_taken
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, close_backing, edit_open, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
-from cython_ext.listing_queue cimport LISTING_BYTES, Listing, listings_take
+from cython_ext.listing_queue cimport Listing, listings_take
 from cython_ext.message_io cimport (
     MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, await_ready, count,
     is_told_once, least_bytes, recv)
-from cython_ext.name_ring cimport SPARES_MAX, NameRing, Spare, allow_removals, spares_put, spares_withdraw
-from cython_ext.name_table cimport name_hash, names_add, names_remove
-from cython_ext.open_grants cimport Grant, grants_drop, grants_put
-from cython_ext.own_answers cimport Known, known_free, known_init
+from cython_ext.name_ring cimport SPARES_MAX, NameRing, allow_removals, spares_put, spares_withdraw
+from cython_ext.name_table cimport name_hash, names_add, names_remove, names_tell
+from cython_ext.open_grants cimport grants_drop, grants_put
+from cython_ext.own_answers cimport Known, known_free, known_init, tell_attributes
 from cython_ext.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
 from cython_ext.positioned_io cimport allocate_range
 from cython_ext.reader_threads cimport (
@@ -81,7 +81,6 @@ cdef class Transport:
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted, passthrough_agreed, splicing, whole_writes
     cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
-    cdef uint32_t offered_flags, offered_flags2  # of the kernel's INIT, kept until the answer comes by
     cdef bint made, capabilities  # the latter: whether any file may have the xattr security.capability
     cdef Known known
     cdef ReaderThreads readers
@@ -296,9 +295,7 @@ cdef class Transport:
 
     def add_spare(self, uint64_t ino, uint64_t fh, int fd, int backing_id):
         """An empty file to answer a CREATE with; its handle `fh` was set, `fd` stays open. False when there are enough."""
-        cdef Spare spare
-        spare.ino, spare.fh, spare.fd, spare.backing_id = ino, fh, fd, backing_id
-        return spares_put(&self.known.ring, &spare)
+        return spares_put(&self.known.ring, ino, fh, fd, backing_id)
 
     def withdraw_spare(self):
         """The inode of a spare that will not be used; 0 when there is none left."""
@@ -315,20 +312,17 @@ cdef class Transport:
     def grant(self, uint64_t ino, int fd, int backing_id, uint32_t open_flags, bint served = False):
         """Answer OPEN of this inode for reading from now on. `fd` and the backing id stay open as long as a handle or the
         grant. `served`: as for set_handle()."""
-        cdef Grant grant
-        grant.fd, grant.backing_id, grant.open_flags, grant.served = fd, backing_id, open_flags, served
-        check(grants_put(&self.known.grants, ino, &grant))
+        check(grants_put(&self.known.grants, ino, fd, backing_id, open_flags, served))
 
     def revoke(self, uint64_t ino):
         """OPEN is Python's again. Those that were answered are among the events by now."""
         grants_drop(&self.known.grants, ino)
 
     def set_attributes(self, uint64_t ino, const uint8_t[::1] answer, int fd=-1):
-        """What GETATTR of an inode is answered with from now on: a struct fuse_attr_out, with size and time of modification of the
-        staged file `fd`, if given. Zeros: of a spare, nothing until it is a file."""
+        """What GETATTR is answered with: a struct fuse_attr_out, with size and mtime of the staged file `fd`. Zeros: of a spare."""
         if answer.shape[0] != sizeof(fuse_attr_out):
             raise ValueError("not a struct fuse_attr_out")
-        check(attributes_put(&self.known.attributes, ino, <const fuse_attr_out *>&answer[0], fd))
+        check(tell_attributes(&self.known, ino, <const fuse_attr_out *>&answer[0], fd))
 
     def drop_attributes(self, uint64_t ino):
         """GETATTR of the inode is Python's again. Afterwards its staged file may be closed."""
@@ -346,8 +340,12 @@ cdef class Transport:
         """After a name can no longer be found."""
         names_remove(&self.known.names, name_hash(folder, &name[0], <size_t>name.shape[0]))
 
+    def tell_name(self, uint64_t folder, const uint8_t[::1] name, uint64_t ino):
+        """Whose name it is, which was added: when it is removed here, other files need not be asked of Python meanwhile."""
+        names_tell(&self.known.names, name_hash(folder, &name[0], <size_t>name.shape[0]), ino)
+
     def names_are_complete(self, uint32_t absent_s=0):
-        """Every name of the filesystem was added: others do not exist, and the kernel may take that for true for so many seconds."""
+        """Every name of the filesystem was added: others do not exist, and the kernel may keep that for so many seconds."""
         self.known.names.absent_s, self.known.names.complete = absent_s, True
 
     def take_listings(self):
@@ -410,7 +408,6 @@ cdef class Transport:
     cdef int take_request(self, uint8_t *message, size_t size, PagePipe *pipe) noexcept nogil:
         """0, or the errno that ends the loop."""
         cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef fuse_io_in *listing = <fuse_io_in *>(message + sizeof(fuse_in_header))
         cdef int code
         if size < sizeof(fuse_in_header):
             count(&self.wire.counters.malformed, 1)
@@ -428,11 +425,7 @@ cdef class Transport:
             return code
         if files_answered(&self.known, &self.wire, message, size, self.capabilities, &code):
             return code
-        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS):  # it must fit the smallest socket buffer a system may grant, 208 KiB
-            listing.size = min(listing.size, <uint32_t>LISTING_BYTES)
         put_as_other(message)
-        if head.opcode in (FUSE_READDIR, FUSE_READDIRPLUS, FUSE_FSYNCDIR):
-            listing.fh = head.nodeid  # Python's handle of a folder, which pyfuse3 tells it instead of the folder
         return self.forward(message, head.len, EIO)
 
     cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
@@ -445,8 +438,6 @@ cdef class Transport:
         if head.opcode == FUSE_INIT:
             self.init_size = min(size, <size_t>INIT_MAX)
             memcpy(self.init_message, message, self.init_size)
-            self.offered_flags = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags
-            self.offered_flags2 = (<fuse_init_in *>(message + sizeof(fuse_in_header))).flags2
         if remembered and not remember(&self.requests, head.unique, head.opcode):
             return refuse(&self.wire, head, ENOMEM)
         code = send_request(&self.wire, message, size)
@@ -475,6 +466,7 @@ cdef class Transport:
 
     cdef void take_reply(self, uint8_t *message, size_t size) noexcept nogil:
         cdef fuse_out_header *head = <fuse_out_header *>message
+        cdef const fuse_init_in *offered = <const fuse_init_in *>(self.init_message + sizeof(fuse_in_header))
         cdef fuse_open_out *opened = NULL
         cdef uint32_t opcode
         cdef int code
@@ -488,13 +480,12 @@ cdef class Transport:
             return
         if opcode == FUSE_INIT and not head.error:
             self.passthrough_agreed = edit_init(
-                message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, self.offered_flags, self.offered_flags2,
+                message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, offered.flags, offered.flags2,
                 self.passthrough_wanted) or self.passthrough_agreed
             if head.unique == REPLAY:
                 send_answer(&self.wire, message, REPLY_HEAD, 0, -NOTIFY_RESEND)
-                self.ready = True
-                return
-            to_device(&self.wire, message, size)
+            else:
+                to_device(&self.wire, message, size)
             self.ready = True
             return
         elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:

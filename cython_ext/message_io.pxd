@@ -97,6 +97,8 @@ cdef inline size_t least_bytes(uint32_t opcode) noexcept nogil:
         return sizeof(fuse_in_header) + sizeof(fuse_fallocate_in)
     if opcode == FUSE_OPEN:
         return sizeof(fuse_in_header) + sizeof(fuse_open_in)
+    if opcode == FUSE_RENAME:
+        return sizeof(fuse_in_header) + sizeof(fuse_rename_in)
     if opcode in (FUSE_CREATE, FUSE_TMPFILE):
         return sizeof(fuse_in_header) + sizeof(fuse_create_in)
     if opcode == FUSE_LSEEK:

@@ -1,11 +1,11 @@
-# Names that are made and removed at once, and the record of that: how CREATE and UNLINK are answered without Python.
+# Names that are made, moved and removed at once, and the record of that: how CREATE, RENAME and UNLINK are answered without Python.
 #
 # Owns: the spares (each an empty staged file with a file handle that the transport already knows) and the writing end of the ring of
 # records, which lies in the memory tier and outlives every process (its reader: cascadefs/name_ring.py). A .pxd of inline functions,
 # compiled into fuse_transport. Knows no names table and no answer. Invariants:
 # (1) A spare is given away once: it leaves the pool under the mutex, together with the writing of its record.
 # (2) A record is complete before `put` tells of it, and before the kernel hears of the change: a process that is killed in between
-#     leaves a change that was made, or none. Records are in the order of the changes.
+#     leaves a change that was made, or none. Records are in the order of the changes; the two of a RENAME are told of together.
 # (3) A full ring, an empty pool, or a ring that is not open to removals takes nothing: the request is then Python's, as any other.
 # (4) The descriptor of a spare is open until Python has seen its record and the RELEASE of its handle.
 
@@ -21,6 +21,7 @@ cdef enum:
     SPARES_MAX = 1 << 9
     NAME_ROOM = 256
     CREATED_FOR_BOTH = 1 << 16
+    MOVED_TO = 1 << 17  # the second record of a RENAME, no opcode
     SEQ_CST = 5  # __ATOMIC_SEQ_CST
 
 ctypedef struct Spare:
@@ -32,11 +33,11 @@ ctypedef struct Spare:
 ctypedef struct NameRecord:  # as name_ring.py has it
     uint64_t request
     uint64_t folder
-    uint64_t ino  # of CREATE
+    uint64_t ino  # 0: of an UNLINK that Python knows only
     uint64_t fh
     int64_t time_ns
     uint64_t number  # Python's, of the operation; 0: it has not begun to enter this
-    uint32_t kind  # an opcode; CREATED_FOR_BOTH with it: the file is open for reading and writing
+    uint32_t kind  # an opcode, CREATED_FOR_BOTH with it: the file is open for reading and writing; or MOVED_TO
     uint32_t mode
     uint32_t uid
     uint32_t gid
@@ -54,11 +55,15 @@ ctypedef struct NameRing:  # counts of records that were put and that are done w
 ctypedef struct NamePool:
     pthread_mutex_t mutex
     NameRing *ring  # NULL: nothing is taken
-    bint removes  # whether UNLINK is answered here
-    uint64_t removed  # the count `put` after the last removal
+    bint removes  # whether UNLINK and RENAME are answered here
+    uint64_t changed  # the count `put` after the last of them
+    uint64_t removed_unknown  # the same of UNLINKs whose inode is known to Python only
     Spare spares[SPARES_MAX]
     uint32_t first
     uint32_t count
+
+cdef extern from "<string.h>" nogil:
+    size_t strnlen(const char *text, size_t most)
 
 cdef extern from * nogil:  # built into gcc and clang
     void __atomic_store_n(uint64_t *at, uint64_t value, int order)
@@ -76,13 +81,15 @@ cdef inline void ring_free(NamePool *pool) noexcept nogil:
     pthread_mutex_destroy(&pool.mutex)
 
 
-cdef inline bint spares_put(NamePool *pool, const Spare *spare) noexcept nogil:
+cdef inline bint spares_put(NamePool *pool, uint64_t ino, uint64_t fh, int fd, int32_t backing_id) noexcept nogil:
     """False when there are enough."""
+    cdef Spare *spare
     cdef bint room
     pthread_mutex_lock(&pool.mutex)
     room = pool.ring != NULL and pool.count < SPARES_MAX
     if room:
-        pool.spares[(pool.first + pool.count) % SPARES_MAX] = spare[0]
+        spare = &pool.spares[(pool.first + pool.count) % SPARES_MAX]
+        spare.ino, spare.fh, spare.fd, spare.backing_id = ino, fh, fd, backing_id
         pool.count += 1
     pthread_mutex_unlock(&pool.mutex)
     return room
@@ -123,21 +130,54 @@ cdef inline bint ring_give(NamePool *pool, NameRecord *record, Spare *spare) noe
 
 
 cdef inline bint ring_remove(NamePool *pool, const NameRecord *record) noexcept nogil:
-    """Put the record of an UNLINK. False: not now; nothing has changed then."""
+    """Put the record of an UNLINK; its `ino` is 0 if it is not known whose name that is. False: not now; nothing has changed then."""
     cdef NameRing *ring = pool.ring
     cdef bint taken
     pthread_mutex_lock(&pool.mutex)
     taken = pool.removes and ring.put - ring.done < RING_RECORDS
     if taken:
         put_record(ring, record)
-        __atomic_store_n(&pool.removed, ring.put, SEQ_CST)
+        __atomic_store_n(&pool.changed, ring.put, SEQ_CST)
+        if not record.ino:
+            __atomic_store_n(&pool.removed_unknown, ring.put, SEQ_CST)
     pthread_mutex_unlock(&pool.mutex)
     return taken
 
 
-cdef inline bint removals_pending(NamePool *pool) noexcept nogil:
-    """Whether Python has not yet entered all UNLINKs: what it said of files may be wrong until then."""
-    return pool.ring != NULL and __atomic_load_n(&pool.removed, SEQ_CST) > __atomic_load_n(&pool.ring.done, SEQ_CST)
+cdef inline bint ring_move(NamePool *pool, const NameRecord *old, const NameRecord *new) noexcept nogil:
+    """Put the two records of a RENAME. False: not now; nothing has changed then."""
+    cdef NameRing *ring = pool.ring
+    cdef bint taken
+    pthread_mutex_lock(&pool.mutex)
+    taken = pool.removes and ring.put + 1 - ring.done < RING_RECORDS
+    if taken:
+        ring.records[(ring.put + 1) % RING_RECORDS] = new[0]
+        ring.records[ring.put % RING_RECORDS] = old[0]
+        __atomic_store_n(&ring.put, ring.put + 2, SEQ_CST)
+        __atomic_store_n(&pool.changed, ring.put, SEQ_CST)
+    pthread_mutex_unlock(&pool.mutex)
+    return taken
+
+
+cdef inline bint change_pending(NamePool *pool, uint64_t ino) noexcept nogil:
+    """Whether Python has not yet entered an UNLINK or RENAME of this file: what it says of it may be wrong until then."""
+    cdef NameRing *ring = pool.ring
+    cdef const NameRecord *record
+    cdef uint64_t at
+    cdef bint found = False
+    if ring == NULL or __atomic_load_n(&pool.changed, SEQ_CST) <= __atomic_load_n(&ring.done, SEQ_CST):
+        return False
+    pthread_mutex_lock(&pool.mutex)
+    for at in range(ring.done, ring.put):
+        record = &ring.records[at % RING_RECORDS]
+        found = found or (record.ino == ino and record.kind & ~<uint32_t>CREATED_FOR_BOTH != FUSE_CREATE)
+    pthread_mutex_unlock(&pool.mutex)
+    return found
+
+
+cdef inline bint unknown_removals_pending(NamePool *pool) noexcept nogil:
+    """Whether an UNLINK waits of which it is not known whose name that is: what is known of any file may be wrong until then."""
+    return pool.ring != NULL and __atomic_load_n(&pool.removed_unknown, SEQ_CST) > __atomic_load_n(&pool.ring.done, SEQ_CST)
 
 
 cdef inline void allow_removals(NamePool *pool, bint allowed) noexcept nogil:
@@ -178,6 +218,21 @@ cdef inline bint read_unlink(const uint8_t *message, size_t size, NameRecord *re
     """What an UNLINK asks for. False when it is none of the plain ones, as above."""
     cdef size_t before = sizeof(fuse_in_header)
     return begin_record(<const fuse_in_header *>message, message + before, size - before, record)
+
+
+cdef inline bint read_rename(const uint8_t *message, size_t size, NameRecord *old, NameRecord *new) noexcept nogil:
+    """What a RENAME without flags asks for. False when it is none of the plain ones, as above."""
+    cdef const uint8_t *name = message + sizeof(fuse_in_header) + sizeof(fuse_rename_in)
+    cdef fuse_in_header head = (<const fuse_in_header *>message)[0]
+    cdef size_t left = size - sizeof(fuse_in_header) - sizeof(fuse_rename_in)
+    cdef size_t length = strnlen(<const char *>name, left) + 1
+    if length >= left or not begin_record(&head, name, length, old):
+        return False
+    head.nodeid = (<const fuse_rename_in *>(message + sizeof(fuse_in_header))).newdir
+    if not begin_record(&head, name + length, left - length, new):
+        return False
+    new.kind = MOVED_TO
+    return True
 
 
 cdef inline void answer_create(const NameRecord *record, fuse_create_out *answer) noexcept nogil:

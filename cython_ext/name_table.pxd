@@ -1,17 +1,18 @@
 # Which names exist, as counted 64-bit hashes of (folder, name): enough to answer "no such file" without Python.
 #
-# Owns: the counts, and how long the kernel may keep what it was told. A .pxd of inline functions, compiled into fuse_transport.
-# Knows no inode.
+# Owns: the counts, whose name some of them are, and how long the kernel may keep what it was told. A .pxd of inline functions,
+# compiled into fuse_transport.
 # Invariants:
 # (1) Python adds a name before it can be looked up, and removes it after it no longer can: a count of 0 means that there is
 #     no such name. Names of one hash share a count, so a collision costs a question to Python, never a wrong answer.
 # (2) Nothing is answered from the table before Python said that it is complete.
-# (3) The kernel may go on by itself for `absent_s`: each name that appears later is made by way of that kernel, which then knows it.
+# (3) An inode that is told of a name is the one of the only name of that hash.
+# (4) The kernel may go on by itself for `absent_s`: each name that appears later is made by way of that kernel, which then knows it.
 
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
-from cython_ext.u64_map cimport U64Map, map_double, map_free, map_full, map_get, map_init, map_put, map_take
+from cython_ext.u64_map cimport U64Map, map_clear, map_double, map_free, map_full, map_get, map_init, map_put, map_take
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp
@@ -19,11 +20,13 @@ from libc.string cimport memcmp
 ctypedef struct NameTable:
     pthread_mutex_t mutex
     U64Map map
+    U64Map inodes  # of names that were made or moved lately
     bint complete
     uint32_t absent_s
 
 cdef enum:
     FIRST_NAME_SLOTS = 4096
+    INODE_SLOTS = 1 << 15  # half of it may be used; then all are forgotten
     NAME_MAX = 255
     ROOT_FOLDER = 1
     VIRTUAL_SHIFT = 60  # folders from 1 << 60 on are made up by Python: their names are not in the table
@@ -33,11 +36,12 @@ cdef inline int names_init(NameTable *table) noexcept nogil:
     """0, or -1 when there is no memory."""
     pthread_mutex_init(&table.mutex, NULL)
     table.complete, table.absent_s = False, 0
-    return map_init(&table.map, FIRST_NAME_SLOTS)
+    return map_init(&table.map, FIRST_NAME_SLOTS) or map_init(&table.inodes, INODE_SLOTS)
 
 
 cdef inline void names_free(NameTable *table) noexcept nogil:
     map_free(&table.map)
+    map_free(&table.inodes)
     pthread_mutex_destroy(&table.mutex)
 
 
@@ -59,6 +63,7 @@ cdef inline int names_add(NameTable *table, uint64_t key) noexcept nogil:
         code = ENOMEM
     else:
         map_put(&table.map, key, map_get(&table.map, key) + 1)
+        map_take(&table.inodes, key)
     pthread_mutex_unlock(&table.mutex)
     return code
 
@@ -66,12 +71,32 @@ cdef inline int names_add(NameTable *table, uint64_t key) noexcept nogil:
 cdef inline void names_remove(NameTable *table, uint64_t key) noexcept nogil:
     cdef uint64_t count
     pthread_mutex_lock(&table.mutex)
+    map_take(&table.inodes, key)
     count = map_get(&table.map, key)
     if count > 1:
         map_put(&table.map, key, count - 1)
     elif count:
         map_take(&table.map, key)
     pthread_mutex_unlock(&table.mutex)
+
+
+cdef inline void names_tell(NameTable *table, uint64_t key, uint64_t ino) noexcept nogil:
+    """Whose name it is."""
+    pthread_mutex_lock(&table.mutex)
+    if map_full(&table.inodes):
+        map_clear(&table.inodes)
+    if map_get(&table.map, key) == 1:
+        map_put(&table.inodes, key, ino)
+    pthread_mutex_unlock(&table.mutex)
+
+
+cdef inline uint64_t names_inode(NameTable *table, uint64_t key) noexcept nogil:
+    """Whose name it is; 0: not known."""
+    cdef uint64_t ino
+    pthread_mutex_lock(&table.mutex)
+    ino = map_get(&table.inodes, key)
+    pthread_mutex_unlock(&table.mutex)
+    return ino
 
 
 cdef inline bint names_lack(NameTable *table, uint64_t key) noexcept nogil:

@@ -47,12 +47,13 @@ cdef inline void grants_free(GrantTable *table) noexcept nogil:
     pthread_mutex_destroy(&table.mutex)
 
 
-cdef inline int grants_put(GrantTable *table, uint64_t ino, const Grant *grant) noexcept nogil:
-    """Insert or replace a copy. 0 or ENOMEM."""
+cdef inline int grants_put(
+        GrantTable *table, uint64_t ino, int fd, int32_t backing_id, uint32_t open_flags, bint served) noexcept nogil:
+    """Insert or replace. 0 or ENOMEM."""
     cdef Grant *kept = <Grant *>malloc(sizeof(Grant))
     if kept == NULL:
         return ENOMEM
-    kept[0] = grant[0]
+    kept.fd, kept.backing_id, kept.open_flags, kept.served = fd, backing_id, open_flags, served
     pthread_mutex_lock(&table.mutex)
     if map_full(&table.map) and map_double(&table.map):
         pthread_mutex_unlock(&table.mutex)

@@ -6,17 +6,19 @@
 from cython_ext.allocate_ahead cimport (
     AheadTable, ahead_created, ahead_free, ahead_init, ahead_released, is_foreign)
 from cython_ext.attribute_table cimport (
-    AttributeTable, attributes_copy, attributes_fill, attributes_free, attributes_init, attributes_touch)
+    AttributeTable, attributes_change, attributes_copy, attributes_drop, attributes_fill, attributes_free, attributes_init,
+    attributes_put, attributes_touch)
 from cython_ext.event_queue cimport EventQueue, events_free, events_init, events_put
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
 from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init, listings_open
 from cython_ext.name_ring cimport (
-    NamePool, NameRecord, Spare, answer_create, read_create, read_unlink, removals_pending, ring_free, ring_give, ring_init,
-    ring_remove)
+    NamePool, NameRecord, Spare, answer_create, change_pending, read_create, read_rename, read_unlink, ring_free, ring_give,
+    ring_init, ring_move, ring_remove, unknown_removals_pending)
 from cython_ext.name_table cimport (
-    VIRTUAL_SHIFT, NameTable, name_hash, names_add, names_free, names_hold, names_init, names_lack, names_remove)
+    VIRTUAL_SHIFT, NameTable, name_hash, names_add, names_free, names_hold, names_init, names_inode, names_lack, names_remove,
+    names_tell)
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
 from libc.errno cimport EBADF, EOPNOTSUPP
@@ -64,13 +66,23 @@ cdef inline int64_t now(timespec *time) noexcept nogil:
     return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
 
 
+cdef inline int tell_attributes(Known *known, uint64_t ino, const fuse_attr_out *answer, int fd) noexcept nogil:
+    """Python says what GETATTR is to be answered with: 0 or ENOMEM. It is not kept while Python does not know of what was done here
+    to that file; what is done after we have looked changes or drops it."""
+    cdef int code = attributes_put(&known.attributes, ino, answer, fd)
+    if change_pending(&known.ring, ino):
+        attributes_drop(&known.attributes, ino)
+    return code
+
+
 cdef inline bint attributes_of(Known *known, uint64_t ino, fuse_attr_out *answer) noexcept nogil:
-    """GETATTR of what Python told of, and of what was made here. Which files an UNLINK concerns is not known here: while one waits, files are Python's."""
+    """GETATTR of what Python told of, and of what was made here. While an UNLINK waits of which it is not known here what file it
+    concerns, files are Python's."""
     if not attributes_copy(&known.attributes, ino, answer):
         return False
     if known.ahead.any_foreign and answer.attr.mode & MODE_FORMAT == MODE_REGULAR:  # as `Files.with_staged`
         answer.attr.blocks = min(answer.attr.blocks, (answer.attr.size + 4095) // 4096 * 8)
-    return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not removals_pending(&known.ring)
+    return answer.attr.mode & MODE_FORMAT == MODE_FOLDER or not unknown_removals_pending(&known.ring)
 
 
 cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fuse_create_out *answer) noexcept nogil:
@@ -100,6 +112,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     attributes_touch(&known.attributes, record.folder, record.time_ns)
     answer_create(&record, answer)
     file.attr_valid, file.attr_valid_nsec, file.padding, file.attr = answer.attr_valid, 0, 0, answer.attr
+    names_tell(&known.names, key, record.ino)
     attributes_fill(&known.attributes, record.ino, &file)
     edit_open(&known.handles, &answer.opened)
     return True
@@ -118,10 +131,44 @@ cdef inline bint remove_name(Known *known, const uint8_t *message, size_t size) 
     if not names_hold(&known.names, key) or not attributes_copy(&known.attributes, record.folder, &folder):
         return False
     record.time_ns = now(&time)
+    record.ino = names_inode(&known.names, key)
     if not ring_remove(&known.ring, &record):
         return False
+    attributes_drop(&known.attributes, record.ino)
     names_remove(&known.names, key)
     attributes_touch(&known.attributes, record.folder, record.time_ns)
+    return True
+
+
+cdef inline bint move_name(Known *known, const uint8_t *message, size_t size) noexcept nogil:
+    """RENAME of a file to a name that is absent. The kernel has checked it, and holds the locks of both folders. Python's: a name
+    of which it is not known here whose it is, a file or folder whose attributes are not, anything unusual."""
+    cdef NameRecord old, new
+    cdef fuse_attr_out file, folder
+    cdef timespec time
+    cdef uint64_t key, new_key
+    if known.ring.ring == NULL or not read_rename(message, size, &old, &new) or (old.folder | new.folder) >> VIRTUAL_SHIFT:
+        return False
+    key = name_hash(old.folder, old.name, old.name_bytes)
+    new_key = name_hash(new.folder, new.name, new.name_bytes)
+    old.ino = new.ino = names_inode(&known.names, key)
+    if not old.ino or not names_hold(&known.names, key) or not names_lack(&known.names, new_key):
+        return False
+    if not attributes_copy(&known.attributes, old.ino, &file) or file.attr.mode & MODE_FORMAT != MODE_REGULAR:
+        return False
+    if not attributes_copy(&known.attributes, old.folder, &folder) or not attributes_copy(&known.attributes, new.folder, &folder):
+        return False
+    old.time_ns = new.time_ns = now(&time)
+    if names_add(&known.names, new_key):
+        return False
+    if not ring_move(&known.ring, &old, &new):
+        names_remove(&known.names, new_key)
+        return False
+    names_remove(&known.names, key)
+    names_tell(&known.names, new_key, old.ino)
+    attributes_change(&known.attributes, old.ino, old.time_ns)
+    attributes_touch(&known.attributes, old.folder, old.time_ns)
+    attributes_touch(&known.attributes, new.folder, old.time_ns)
     return True
 
 

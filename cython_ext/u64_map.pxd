@@ -9,6 +9,7 @@
 
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 ctypedef struct U64Slot:
     uint64_t key
@@ -31,6 +32,11 @@ cdef inline int map_init(U64Map *map, size_t slots) noexcept nogil:
 cdef inline void map_free(U64Map *map) noexcept nogil:
     free(map.slots)
     map.slots = NULL
+
+
+cdef inline void map_clear(U64Map *map) noexcept nogil:
+    memset(map.slots, 0, (map.mask + 1) * sizeof(U64Slot))
+    map.used = 0
 
 
 cdef inline size_t map_home(const U64Map *map, uint64_t key) noexcept nogil:

@@ -1,4 +1,4 @@
-"""What the transport has answered by itself, taken in afterwards: names made and removed, opens granted, releases, forgets.
+"""What the transport has answered by itself, taken in afterwards: names made, moved, removed, opens granted, releases, forgets.
 
 Owns: the order of taking in, the spares and grants, lookup counts after FORGET. Knows no handler. Never awaits. Invariants:
 (1) A change of names is known before anything that came after it. (2) A handle is known before its release. (3) What was
@@ -16,7 +16,7 @@ from cascadefs.mount.grants import Grants
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
 from cascadefs.mount.spares import Spares
-from cascadefs.name_ring import Change, Created
+from cascadefs.name_ring import Change, Created, Removed
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,12 @@ class Answered:
     def _entered(self, one: Change, gone: dict[int, int]) -> None:
         if isinstance(one, Created):
             self.grants.keep(one.ino, self.spares.take(one))
-        elif one.at in gone:  # its FORGET is still to come
+        elif one.at in gone and isinstance(one, Removed):  # its FORGET is still to come
             self.transport.drop_attributes(gone[one.at])
             if self.inherited:  # the kernel has looked up what it removes, if only in an earlier worker's time
                 self.files.lookups.setdefault(gone[one.at], 1)
-        else:
-            log.error("the kernel has removed a name that is not there: %r in folder %d", one.name, one.folder)
+        elif one.at not in gone:
+            log.error("the kernel has removed or moved a name that is not there: %r in folder %d", one.name, one.folder)
 
     def catch_up(self) -> None:
         """Do what the transport put aside because nobody waits for it: releases and forgets; hear of the opens it answered."""

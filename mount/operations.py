@@ -79,15 +79,11 @@ class Operations(pyfuse3.Operations):
 
     async def lookup(self, parent: int, name: bytes, ctx: Context) -> Entry:
         """LOOKUP."""
-        if is_virtual(parent) or (parent == ROOT and name == virtual.NAME):
-            shown = self.virtual.lookup(parent, name)
-            if shown is None:
-                raise pyfuse3.FUSEError(errno.ENOENT)
-            return entry(shown, cached=False)
-        found = self.names.lookup(parent, name)
+        shown = is_virtual(parent) or (parent == ROOT and name == virtual.NAME)
+        found = self.virtual.lookup(parent, name) if shown else self.names.lookup(parent, name)
         if found is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return self._told(found)
+        return entry(found, cached=False) if shown else self._told(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET: inodes without name and user go now."""
@@ -162,7 +158,7 @@ class Operations(pyfuse3.Operations):
 
         A name that is made or removed meanwhile may be counted once too often: then its lookup is asked of Python, no more.
         """
-        self.transport.set_capabilities(self.names.any_xattr(CAPABILITY))
+        self.transport.set_capabilities(self.names.xattrs.any_has(CAPABILITY))
         for names in self.names.all_names():
             for parent, name in names:
                 self.transport.add_name(parent, name)
@@ -232,6 +228,7 @@ class Operations(pyfuse3.Operations):
         for parent, name in places:
             if (moved := self.names.lookup(parent, name)) is not None:
                 self.answered.grants.renew(moved.ino, moved)
+                self.transport.tell_name(parent, name, moved.ino)
 
     # --- folders
 
@@ -316,7 +313,7 @@ class Operations(pyfuse3.Operations):
         if (name, ctx.pid) == (STATX, -1):
             return self._statx(inode)
         refuse_kind(name)
-        return self.names.get_xattr(inode, name)
+        return self.names.xattrs.get(inode, name)
 
     def _statx(self, inode: int) -> bytes:
         """STATX, which the transport puts as a GETXATTR: as getattr(), with the time of birth."""
@@ -326,7 +323,7 @@ class Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
         """LISTXATTR."""
-        found = [] if is_virtual(inode) else self.names.list_xattrs(inode)
+        found = [] if is_virtual(inode) else self.names.xattrs.names(inode)
         if any(name.startswith(TRUSTED) for name in found) and not sees_trusted(ctx.pid, ctx.uid):
             return [name for name in found if not name.startswith(TRUSTED)]
         return found
@@ -353,7 +350,7 @@ class Operations(pyfuse3.Operations):
         self.transport.drop_attributes(inode)
         if name == CAPABILITY:
             self.transport.set_capabilities(True)
-        self.names.set_xattr(inode, name, value)
+        self.names.xattrs.put(inode, name, value)
         if name == CAPABILITY:
             self.handles.privileges_changed(inode)
         self.answered.grants.renew(inode, self.names.find(inode))
@@ -366,7 +363,7 @@ class Operations(pyfuse3.Operations):
         self.transport.drop_attributes(inode)
         if not self.once.is_done(ctx):
             with self.once.operation(ctx, inode) as op:
-                self.names.remove_xattr(inode, name, op)
+                self.names.xattrs.remove(inode, name, op)
 
     # --- open files
 
@@ -395,6 +392,7 @@ class Operations(pyfuse3.Operations):
             self._gone_name(parent, name, gone.ino)
             raise
         self.files.lookups[inode.ino] = 1
+        self.transport.tell_name(parent, name, inode.ino)
         self.answered.grants.opened(handle)
         return info, self._entry(inode)
 

@@ -34,18 +34,18 @@ def has_set_id(mode: int) -> bool:
 def are_held(names: Namespace, ino: int) -> bool:
     """Whether a write to the file takes privileges from it."""
     inode = names.find(ino)
-    return inode is not None and (has_set_id(inode.mode) or names.has_xattr(ino, CAPABILITY))
+    return inode is not None and (has_set_id(inode.mode) or names.xattrs.has(ino, CAPABILITY))
 
 
 def take_from(names: Namespace, ino: int, may_keep_set_id: bool, outside: bool) -> bool:
     """The content of a file is changed; whether it had any."""
     mode = names.get(ino).mode
     left = mode if may_keep_set_id else without_set_id(mode, outside)
-    has_capability = names.has_xattr(ino, CAPABILITY)
+    has_capability = names.xattrs.has(ino, CAPABILITY)
     if left != mode:
         names.update(ino, mode=left)
     if has_capability:
-        names.remove_xattr(ino, CAPABILITY)
+        names.xattrs.remove(ino, CAPABILITY)
     return left != mode or has_capability
 
 

@@ -15,6 +15,7 @@ ORDER = [
     ["media", "health"],
     ["reserve", "sums"],
     ["policies", "scheduler", "database"],
+    ["xattrs"],
     ["namespace", "index"],
     ["bulk"],
     ["tiers"],

@@ -77,12 +77,12 @@ def test_setgid_folders_hand_on_their_group(namespace):
 
 
 def test_xattrs(namespace):
-    namespace.set_xattr(ROOT, b"user.a", b"1")
-    fails(errno.EEXIST, namespace.set_xattr, ROOT, b"user.a", b"2", 1)
-    fails(errno.ENODATA, namespace.set_xattr, ROOT, b"user.b", b"2", 2)
-    assert namespace.get_xattr(ROOT, b"user.a") == b"1" and namespace.list_xattrs(ROOT) == [b"user.a"]
-    namespace.remove_xattr(ROOT, b"user.a")
-    fails(errno.ENODATA, namespace.get_xattr, ROOT, b"user.a")
+    namespace.xattrs.put(ROOT, b"user.a", b"1")
+    fails(errno.EEXIST, namespace.xattrs.put, ROOT, b"user.a", b"2", 1)
+    fails(errno.ENODATA, namespace.xattrs.put, ROOT, b"user.b", b"2", 2)
+    assert namespace.xattrs.get(ROOT, b"user.a") == b"1" and namespace.xattrs.names(ROOT) == [b"user.a"]
+    namespace.xattrs.remove(ROOT, b"user.a")
+    fails(errno.ENODATA, namespace.xattrs.get, ROOT, b"user.a")
 
 
 def test_a_second_opener_is_refused_and_names_survive(tmp_path):

@@ -45,6 +45,20 @@ def test_readers_of_fresh_files_do_not_wake_python(mounted, write):
     assert found == data
 
 
+@pytest.mark.parametrize("write", [in_place, by_rename])
+def test_removals_of_others_do_not_make_fresh_files_slow(mounted, write):
+    paths = [mounted.path / f"f{i}" for i in range(2 * FILES)]
+    for path in paths:
+        write(path, os.urandom(5000))
+
+    def remove_and_read():
+        for gone, path in zip(paths[::2], paths[1::2], strict=True):
+            gone.unlink()
+            assert path.stat().st_nlink == 1 and len(path.read_bytes()) == path.stat().st_size == 5000
+
+    assert forwarded(mounted, remove_and_read) == 0
+
+
 def test_what_is_told_of_a_fresh_file_is_true_at_each_moment(mounted):
     path, other = mounted.path / "f", mounted.path / "g"
     with open(path, "xb", buffering=0) as writer:

@@ -42,7 +42,7 @@ async def furnish(store):
     await store.flush()
     folder = store.namespace.make(ROOT, b"folder", stat.S_IFDIR | 0o755, 0, 0)
     store.namespace.link(store.find("f3").ino, folder.ino, b"again")
-    store.namespace.set_xattr(folder.ino, b"user.note", b"x" * 3000)
+    store.namespace.xattrs.put(folder.ino, b"user.note", b"x" * 3000)
     await store.flush()
     return contents
 

@@ -36,7 +36,7 @@ def tree(store):
     while todo:
         folder, prefix = todo.pop()
         for _, name, inode in names.listing(folder, 0):
-            xattrs = {key: names.get_xattr(inode.ino, key) for key in names.list_xattrs(inode.ino)}
+            xattrs = {key: names.xattrs.get(inode.ino, key) for key in names.xattrs.names(inode.ino)}
             times = (inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
             owner = (inode.mode, inode.uid, inode.gid, inode.nlink, inode.rdev)
             found[prefix + b"/" + name] = (inode.ino, *owner, *times, inode.size, inode.target, xattrs)
@@ -58,7 +58,7 @@ async def furnish(store):
     ino = store.find("a").ino
     names.link(ino, folder.ino, b"a again")
     contents["folder/a again"] = contents["a"]
-    names.set_xattr(ino, b"user.note", b"\x00\xff kept")
+    names.xattrs.put(ino, b"user.note", b"\x00\xff kept")
     names.update(ino, mode=stat.S_IFREG | 0o640, uid=7, gid=8)
     names.make_in(ROOT, b"link", stat.S_IFLNK | 0o777, 1, 2, target=b"folder/b")
     names.make(ROOT, b"pipe", stat.S_IFIFO | 0o600, 1, 2)
@@ -234,7 +234,7 @@ async def test_the_last_file_that_was_fsynced_has_its_name(slow_seal, died, size
         deep = store.namespace.make(top.ino, b"deep", stat.S_IFDIR | 0o700, 0, 0)
         store.namespace.make_in(ROOT, b"link", stat.S_IFLNK | 0o777, 1, 2, target=b"top/deep/new")
         with written(store, "new", data, deep.ino) as ino:
-            store.namespace.set_xattr(ino, b"user.note", b"kept")
+            store.namespace.xattrs.put(ino, b"user.note", b"kept")
             store.namespace.link(ino, ROOT, b"again")
             store.files.set_times(ino, 7, 8)
             await store.mover.fsync(ino)

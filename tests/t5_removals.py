@@ -1,6 +1,7 @@
 """UNLINK answered by the transport: what it takes, what it records, what it leaves to Python, and what a crash makes of it."""
 
 import os
+import select
 import struct
 import time
 
@@ -65,8 +66,8 @@ def test_a_name_is_removed_and_made_again_in_that_order(remover):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(b".hidden", {}), (b"unknown", {}), (b"known", {"unique": RESENT | 8}), (b"known", {"folder": 5})],
-    ids=["dot", "unknown", "sent again", "folder not known"],
+    [(b".cascade", {}), (b"unknown", {}), (b"known", {"unique": RESENT | 8}), (b"known", {"folder": 5})],
+    ids=["python's", "unknown", "sent again", "folder not known"],
 )
 def test_what_is_not_plain_is_for_python(remover, name, options):
     remover.transport.add_name(5, b"known")
@@ -93,6 +94,61 @@ def test_a_full_ring_takes_nothing_until_it_is_settled(remover):
     remover.ring.settle(remover.ring.put)
     remover.unlink(b"known")
     assert remover.answered()[0] == 0
+
+
+def known_file(remover, ino):
+    file = ATTRIBUTES.pack(ino, 0, 0, 1, 1, 1, 0, 0, 0, 0o100644, 1, 0, 0, 0, 4096, 0)
+    remover.transport.set_attributes(ino, struct.pack("<QII", 3600, 0, 0) + file)
+
+
+def is_known(remover, ino):
+    """Whether its attributes are told without Python."""
+    remover.ask_attributes(ino)
+    ready = select.select([remover.kernel, remover.fuse], [], [], 5)[0]
+    if remover.fuse in ready:
+        assert remover.forwarded()[0] == GETATTR
+        return False
+    assert remover.answered()[0] == 0
+    return True
+
+
+@pytest.mark.parametrize("made_here", [False, True])
+def test_a_removal_of_a_name_whose_file_is_known_concerns_that_only(remover, made_here):
+    name = b"made" if made_here else b"known"
+    if made_here:
+        remover.offer(FILE)
+        remover.create(name)
+        remover.answered()
+    else:
+        known_file(remover, FILE)
+        remover.transport.tell_name(FOLDER, name, FILE)
+    known_file(remover, FILE + 1)
+    assert is_known(remover, FILE)
+    remover.unlink(name)
+    remover.answered()
+    assert is_known(remover, FILE + 1) and not is_known(remover, FILE)
+    for ino in (FILE, FILE + 1):
+        known_file(remover, ino)  # who says that may not have heard of the removal
+        assert is_known(remover, ino) == (ino != FILE)
+    remover.ring.settle(remover.ring.put)
+    known_file(remover, FILE)
+    assert is_known(remover, FILE)
+
+
+def test_a_name_that_shares_its_hash_or_is_another_ones_now_is_not_known(remover):
+    known_file(remover, FILE)
+    remover.transport.add_name(FOLDER, b"known")  # a second of that hash
+    remover.transport.tell_name(FOLDER, b"known", FILE + 1)
+    remover.unlink(b"known")
+    remover.answered()
+    assert not is_known(remover, FILE)
+    remover.ring.settle(remover.ring.put)
+    remover.transport.tell_name(FOLDER, b"known", FILE + 1)
+    remover.transport.add_name(FOLDER, b"known")  # renamed over: told again when it is known whose it is
+    remover.transport.remove_name(FOLDER, b"known")
+    remover.unlink(b"known")
+    remover.answered()
+    assert not is_known(remover, FILE)
 
 
 def test_what_is_known_of_files_waits_until_removals_are_entered(remover):
