@@ -88,7 +88,10 @@ class Library:
         views = [_bytes_of(part) for part in parts]
         handle, staged = self._ask(self.store.open_empty, path)
         with self._handle(handle):
-            media.write_whole(staged, views)
+            try:
+                media.write_whole(staged, views)
+            except OSError as e:
+                media.write_whole(self._ask(self.store.place_with_room, handle, e), views)
 
     def get_into(self, path: str, *buffers: Any) -> int:
         """Fill writable buffers, one behind the other, from the beginning of a file; how many bytes there were."""

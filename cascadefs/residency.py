@@ -38,7 +38,7 @@ from cascadefs.types import Block, Home, Object
 
 EMPTY_SHARE = 1 / 4  # of a block in pages of zeros: then they are left out, which costs the block its huge pages
 LOOKED_AT = 64  # of the copies that somebody has mapped, each time
-NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # what a full memory tier answers
+NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)  # what a full memory tier answers
 
 
 @dataclass(eq=False, slots=True)

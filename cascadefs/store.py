@@ -28,9 +28,10 @@ from cascadefs.loss import Loss
 from cascadefs.mover import Mover
 from cascadefs.name_ring import NameRing
 from cascadefs.namespace import ROOT
+from cascadefs.outgrown import Outgrown
 from cascadefs.policies.lru import Lru
 from cascadefs.recovery import enter_pending, recover
-from cascadefs.residency import Residency
+from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.sealing import Sealer
 from cascadefs.streams import Streams
 from cascadefs.tiers.cold import ColdTier
@@ -65,7 +66,7 @@ class Store:
         except OSError as e:
             raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
         self.namespace, self.index = self.files.namespace, self.residency.index
-        self.sealer = Sealer(self.files)
+        self.sealer, self.outgrown = Sealer(self.files), Outgrown(self.files)
         self.mover = Mover(self.files, self.sealer)
         self.loss = Loss(self.files, self.ring)
         self.mover.look_at_memory = self.loss.look
@@ -184,9 +185,21 @@ class Store:
         """Write a whole file; its folder must exist. Replaces what was there, for readers at once."""
         handle, staged = await self.open_empty(path)
         try:
-            await trio.to_thread.run_sync(media.write_whole, staged, (data,))
+            try:
+                await trio.to_thread.run_sync(media.write_whole, staged, (data,))
+            except OSError as e:
+                await trio.to_thread.run_sync(media.write_whole, await self.place_with_room(handle, e), (data,))
         finally:
             self.files.release(handle)
+
+    async def place_with_room(self, handle: Handle, refusal: OSError) -> str:
+        """Where a file goes on that was refused where open_empty() said; raises `refusal` when there is no better place."""
+        if refusal.errno not in NO_ROOM:
+            raise refusal
+        async with self.files.of(handle.ino).lock:
+            if not await self.outgrown.move(handle.ino):
+                raise refusal
+        return self.files.staged_path(self.namespace.get(handle.ino))
 
     async def open_empty(self, path: str) -> tuple[Handle, str]:
         """A file with no bytes at `path`, made or emptied; its folder must exist. The bytes are to be written to the second,

@@ -24,6 +24,7 @@ from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, close_backing, edit_open, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
+from cython_ext.kept_writes cimport taken_write
 from cython_ext.listing_queue cimport Listing, listings_take
 from cython_ext.message_io cimport (
     MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, await_ready, count,
@@ -39,7 +40,7 @@ from cython_ext.reader_threads cimport (
 from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
-from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
+from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KEPT, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
 from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device, told
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -65,7 +66,7 @@ FOPEN_DIRECT_IO = OPEN_DIRECT_IO
 FOPEN_KEEP_CACHE = OPEN_KEEP_CACHE
 FOPEN_NOFLUSH = OPEN_NOFLUSH
 FOPEN_PASSTHROUGH = OPEN_PASSTHROUGH
-WRITE_IS_DONE, WRITE_IS_SYNCED = WRITE_DONE, WRITE_SYNCED
+WRITE_IS_DONE, WRITE_IS_SYNCED, WRITE_IS_KEPT = WRITE_DONE, WRITE_SYNCED, WRITE_KEPT
 WRITE_TAKES_PRIVILEGES, WRITER_MAY_NOT_KEEP_SETID = WRITE_GUARDED, WRITE_KILLS
 LARGEST_SPLICED_READ = PIPE_BYTES - PAGE  # a page is its header's
 
@@ -276,6 +277,13 @@ cdef class Transport:
             code = allocate_range(fd, mode, offset, length)
         check(code)
 
+    def take_write(self, uint64_t number):
+        """The bytes of a WRITE that was told with WRITE_IS_KEPT, once. KeyError: they are not here."""
+        found = taken_write(&self.known.kept, number)
+        if found is None:
+            raise KeyError(number)
+        return found
+
     def pid_of(self, uint32_t token):
         """The caller's pid, which was there."""
         return self.requests.pids[token % REQUEST_SLOTS]
@@ -419,7 +427,7 @@ cdef class Transport:
         if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.message_max):
             return 0
         if head.opcode == FUSE_WRITE:
-            code = write_served(&self.known.handles, &self.wire, message, self.whole_writes, &size)
+            code = write_served(&self.known.handles, &self.wire, &self.known.kept, message, self.whole_writes, &size)
             return self.forward(message, size, code) if code else 0
         if names_answered(&self.known, &self.wire, message, size, self.passthrough_agreed, &code):
             return code

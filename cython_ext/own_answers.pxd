@@ -12,6 +12,7 @@ from cython_ext.event_queue cimport EventQueue, events_free, events_init, events
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
+from cython_ext.kept_writes cimport KeptWrites, kept_free, kept_init
 from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init, listings_open
 from cython_ext.name_ring cimport (
     NamePool, NameRecord, Spare, answer_create, change_pending, read_create, read_rename, read_unlink, ring_free, ring_give,
@@ -21,7 +22,7 @@ from cython_ext.name_table cimport (
     names_tell)
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
-from libc.errno cimport EBADF, EOPNOTSUPP
+from libc.errno cimport EBADF, EDQUOT, ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
@@ -37,6 +38,7 @@ ctypedef struct Known:
     GrantTable grants
     ListingQueue listings
     AheadTable ahead
+    KeptWrites kept
 
 
 cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) noexcept nogil:
@@ -44,6 +46,7 @@ cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) 
     events_init(&known.events, event_memory)
     ring_init(&known.ring, ring_memory)
     ahead_init(&known.ahead)
+    kept_init(&known.kept)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
             or grants_init(&known.grants) or listings_init(&known.listings))
 
@@ -56,6 +59,7 @@ cdef inline void known_free(Known *known) noexcept nogil:
     events_free(&known.events)
     ring_free(&known.ring)
     ahead_free(&known.ahead)
+    kept_free(&known.kept)
     grants_free(&known.grants)
     listings_free(&known.listings)
 
@@ -218,6 +222,8 @@ cdef inline int allocate_file(Known *known, const uint8_t *message) noexcept nog
         code = -1
     elif handle.fd >= 0:
         code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
+        if code in (ENOSPC, EDQUOT) and handle.served and handle.writable:
+            code = -1  # as a WRITE without space
     handles_return(&known.handles, handle)
     return code
 

@@ -5,10 +5,11 @@
 # Invariants: (1) A READ is short only at the end of the file, a WRITE never. (2) What is not answered here has changed nothing that
 # Python would not do again: a WRITE without space may have written some of its bytes. (3) A handle is borrowed while its descriptor
 # is in use and not for longer: never while sending or replying. (4) What must be durable is written here, then told to Python as a
-# WRITE of the number of its bytes (`WRITE_DONE`); the one that takes privileges from a file comes to Python first, where it fits.
+# WRITE of the number of its bytes (`WRITE_DONE`); that of a guarded handle comes to Python first.
 
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport Handle, HandleTable, handles_borrow, handles_return
+from cython_ext.kept_writes cimport FITTING_BYTES, KeptWrites, keep_write
 from cython_ext.message_io cimport REPLY_HEAD, WRITE_HEAD, count
 from cython_ext.page_pipe cimport PagePipe, pipe_fill, pipe_send, pipe_take
 from cython_ext.positioned_io cimport read_range, write_range
@@ -19,11 +20,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 cdef extern from *:
     """
     /* Bits above those of any handle's number, in the number that Python's write() is given. */
+    #define WRITE_KEPT (1ULL << 57)     /* the bytes did not fit; what follows is their number in kept_writes.pxd */
     #define WRITE_KILLS (1ULL << 58)    /* the writer may not keep set-id bits */
     #define WRITE_GUARDED (1ULL << 59)  /* the file has privileges */
     #define WRITE_SYNCED (1ULL << 60)   /* answered when durable */
     #define WRITE_DONE (1ULL << 61)     /* the bytes are in the file; what follows is their number */
     """
+    uint64_t WRITE_KEPT
     uint64_t WRITE_KILLS
     uint64_t WRITE_GUARDED
     uint64_t WRITE_SYNCED
@@ -81,9 +84,9 @@ cdef inline uint64_t marks_of(const Handle *handle, const fuse_io_in *arg) noexc
 
 
 cdef inline int write_served(
-        HandleTable *handles, Wire *wire, uint8_t *message, bint fits_python, size_t *size) noexcept nogil:
+        HandleTable *handles, Wire *wire, KeptWrites *kept, uint8_t *message, bint fits_python, size_t *size) noexcept nogil:
     """Answer a WRITE of `size` bytes: 0. Python's: the errno that it is refused with if it cannot be forwarded; `size` is its length
-    then."""
+    then. `kept`: where the bytes go unless any number `fits_python`."""
     cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
     cdef fuse_write_out done
     cdef uint64_t marks
@@ -99,14 +102,18 @@ cdef inline int write_served(
         handles_return(handles, handle)
         return EIO
     marks = marks_of(handle, arg)
-    if marks & WRITE_GUARDED and fits_python:
+    if marks & WRITE_GUARDED:
         handles_return(handles, handle)
         arg.fh |= marks
+        if not fits_python:
+            make_fit(kept, message, size)
         return EIO
     code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
     handles_return(handles, handle)
     if code in (ENOSPC, EDQUOT):
         arg.fh |= marks
+        if not fits_python:
+            make_fit(kept, message, size)
         return ENOSPC  # Python can make room; the bytes already written it writes again
     if not code:
         count(&wire.counters.write_bytes, arg.size)
@@ -115,6 +122,12 @@ cdef inline int write_served(
             return EIO
     done.size, done.padding = arg.size, 0
     return answer(wire, (<fuse_in_header *>message).unique, code, &done, sizeof(done))
+
+
+cdef inline void make_fit(KeptWrites *kept, uint8_t *message, size_t *size) noexcept nogil:
+    """Keep the bytes of a WRITE if they are many; without room for them it stays as it is, and is refused."""
+    if (<fuse_io_in *>(message + sizeof(fuse_in_header))).size > FITTING_BYTES:
+        size[0] = keep_write(kept, message, WRITE_KEPT) or size[0]
 
 
 cdef inline size_t tell_done(uint8_t *message, uint64_t marks) noexcept nogil:

@@ -14,7 +14,7 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyfuse3
@@ -54,6 +54,7 @@ class Handles:
         self.store, self.transport, self.table = store, transport, table
         self.passthrough, self.direct_writes = passthrough, direct_writes
         self._open: dict[int, Opened] = {}
+        self._held: set[int] = set()
         self.mappings = Mappings()
         self.unmapped: Callable[[int], None] = lambda ino: None  # no mapping writes to it any more
         self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
@@ -162,10 +163,25 @@ class Handles:
 
     def privileges_changed(self, ino: int) -> None:
         """The file got or lost some: those who write to it by us are watched, or not."""
-        guarded = privileges.are_held(self.store.namespace, ino)
+        guarded = ino in self._held or privileges.are_held(self.store.namespace, ino)
         for fh, opened in self._open.items():
             if opened.handle.ino == ino and opened.handle.writable and opened.flags and opened.fd >= 0:
                 self._tell(fh, opened, opened.fd, guarded)
+
+    @contextlib.contextmanager
+    def held(self, ino: int) -> Iterator[None]:
+        """No thread of the transport writes to the inode: what comes meanwhile comes to Python. In portable mode."""
+        self._held.add(ino)
+        self.privileges_changed(ino)
+        try:
+            yield
+        finally:
+            self._held.discard(ino)
+            self.privileges_changed(ino)
+
+    def writers_of(self, ino: int) -> list[int]:
+        """Our writable descriptors of it."""
+        return [one.fd for one in self._open.values() if one.handle.ino == ino and one.handle.writable and one.fd >= 0]
 
     def _follow(self, ino: int) -> None:
         """Handles that were opened as streams of an object: the transport seeks in the file that their inode has now."""

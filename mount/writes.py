@@ -1,13 +1,15 @@
 """Writes that are more than bytes: without space, to be durable before they are answered, or taking privileges from a file.
 
 Owns: what is done about each, as the transport has marked it (served_io.pxd). All others are answered there, or in the kernel.
-Invariants: (1) Privileges go before the first byte is written, unless the bytes do not fit the socket, as those of an ordinary
-user's mount may (which is nosuid). (2) A write that must be durable is answered when it is, or with the error.
+Invariants: (1) Privileges go before the first byte is written. (2) A write that must be durable is answered when it is, or with
+the error. (3) What is written here is written under the lock of the inode: nobody moves its file meanwhile.
 """
 
 import errno
 import os
 import struct
+from collections.abc import Callable
+from functools import partial
 
 import pyfuse3
 import trio
@@ -15,6 +17,7 @@ import trio
 from cascadefs.errors import os_error
 from cascadefs.ext.fuse_transport import (
     WRITE_IS_DONE,
+    WRITE_IS_KEPT,
     WRITE_IS_SYNCED,
     WRITE_TAKES_PRIVILEGES,
     WRITER_MAY_NOT_KEEP_SETID,
@@ -22,12 +25,13 @@ from cascadefs.ext.fuse_transport import (
 from cascadefs.mount import privileges
 from cascadefs.mount.answered import Answered
 from cascadefs.mount.handles import Handles, Opened
+from cascadefs.outgrown import follow
 from cascadefs.store import Store
 
-MARKS = WRITE_IS_DONE | WRITE_IS_SYNCED | WRITE_TAKES_PRIVILEGES | WRITER_MAY_NOT_KEEP_SETID
+MARKS = WRITE_IS_DONE | WRITE_IS_KEPT | WRITE_IS_SYNCED | WRITE_TAKES_PRIVILEGES | WRITER_MAY_NOT_KEEP_SETID
 ALLOCATION = b"/fallocate"  # the attribute that stands for a FALLOCATE
 _ALLOCATION = struct.Struct("<QQQII")  # struct fuse_fallocate_in
-_COUNT = struct.Struct("<I")
+_COUNT, _NUMBER = struct.Struct("<I"), struct.Struct("<Q")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,7 +43,10 @@ class Writes:
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
         """A WRITE whose handle carries the transport's marks; how many bytes were written."""
-        opened, marks = self._opened(fh & ~MARKS), fh & MARKS
+        marks = fh & MARKS
+        if marks & WRITE_IS_KEPT:
+            data = self.handles.transport.take_write(_NUMBER.unpack(data)[0])
+        opened = self._opened(fh & ~MARKS)
         if marks & WRITE_TAKES_PRIVILEGES:
             may_keep = not marks & WRITER_MAY_NOT_KEEP_SETID
             self.take_privileges(opened.handle.ino, may_keep_set_id=may_keep, outside=opened.outside)
@@ -62,30 +69,48 @@ class Writes:
         return opened
 
     async def _put(self, opened: Opened, data: bytes, offset: int) -> None:
-        try:
-            await trio.to_thread.run_sync(_write_fully, opened.fd, data, offset)
-        except OSError as e:
-            if e.errno not in _FULL:
-                raise
-            await self._make_room_and_put(opened, data, offset)
+        await self._with_room(opened, len(data), partial(_write_fully, opened.fd, data, offset))
 
-    async def _make_room_and_put(self, opened: Opened, data: bytes, offset: int) -> None:
-        for may_wait in (True, False):
-            self.store.residency.make_room(len(data))
-            try:
-                await trio.to_thread.run_sync(_write_fully, opened.fd, data, offset)
+    async def _with_room(self, opened: Opened, size_bytes: int, work: Callable[[], None]) -> None:
+        """Work that may need so much room, in a thread: where the file is, else on the disk, else when what others have closed
+        has become clean and can go."""
+        ino, make_room = opened.handle.ino, partial(self.store.residency.make_room, size_bytes)
+        async with self.store.files.of(ino).lock:
+            if await _fits(work):
                 return
+            make_room()
+            if await _fits(work) or (await self._moved(ino) and await _fits(work)):
+                return
+        await self.store.flush()
+        async with self.store.files.of(ino).lock:
+            make_room()
+            await trio.to_thread.run_sync(work)
+
+    async def _moved(self, ino: int) -> bool:
+        """Whether the file lies on the disk now, and did not before. Holds the lock of the inode."""
+        if self.handles.passthrough:
+            return False
+        with self.handles.held(ino):
+            try:
+                if not await self.store.outgrown.move(ino):
+                    return False
             except OSError as e:
-                if e.errno not in _FULL or not may_wait:
+                if e.errno not in _FULL:
                     raise
-            await self.store.flush()  # what others have closed becomes clean, and can go
+                return False
+            path = self.store.files.staged_path(self.store.namespace.get(ino))
+            for fd in self.handles.writers_of(ino):
+                follow(path, fd, os.O_RDWR)
+        return True
 
     async def allocate(self, asked: bytes) -> None:
-        """A FALLOCATE of a file that has privileges. The kernel does not tell who asks: whoever opened it, we say."""
+        """A FALLOCATE of a file that has privileges, or that found no room. The kernel does not tell who asks: whoever opened
+        it, we say."""
         fh, offset, length, mode, _ = _ALLOCATION.unpack(asked)
         opened = self._opened(fh)
         self.take_privileges(opened.handle.ino, may_keep_set_id=opened.is_root, outside=opened.outside)
-        await trio.to_thread.run_sync(self.handles.transport.allocate, opened.fd, mode, offset, length)
+        allocate = partial(self.handles.transport.allocate, opened.fd, mode, offset, length)
+        await self._with_room(opened, length, allocate)
 
     def take_privileges(self, ino: int, *, may_keep_set_id: bool, outside: bool, tell_kernel: bool = True) -> None:
         """Somebody changes the content of a file. `tell_kernel`: the answer to this request has no attributes."""
@@ -96,6 +121,16 @@ class Writes:
         self.handles.privileges_changed(ino)
         if tell_kernel:
             pyfuse3.invalidate_inode(pyfuse3.InodeT(ino), attr_only=True)
+
+
+async def _fits(work: Callable[[], None]) -> bool:
+    try:
+        await trio.to_thread.run_sync(work)
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        return False
+    return True
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> None:

@@ -26,6 +26,10 @@ from cascadefs.namespace import Namespace
 
 CASCADEFS = [sys.executable, "-m", "cascadefs.mount.cli"]
 COMMAND_S = 120
+NOBODY = 65534
+# A user, who may read wherever the interpreter lies.
+AS_NOBODY = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups",
+             "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")  # fmt: skip
 
 
 @pytest.fixture
@@ -76,19 +80,12 @@ def index(database):
     return Index(database)
 
 
-def cascadefs(*words, env=None):
-    """Run one command to its end; output goes to a file, as a daemon that kept a pipe open would hold us for ever."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")} | (env or {})
-    return subprocess.run(
-        [*CASCADEFS, *map(str, words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        timeout=COMMAND_S,
-        check=False,
-        env=environ,
-    )
+def cascadefs(*words, env=None, lacking=(), by=(), **how):
+    """Run one command to its end, without settings from outside. `env`: more variables, `lacking`: not these; `by`: a command
+    that runs it; `how`: for subprocess.run()."""
+    kept = {k: v for k, v in os.environ.items() if k not in lacking and not k.startswith("CASCADEFS_")}
+    how = {"stdin": subprocess.DEVNULL, "errors": "surrogateescape", "text": True, "env": kept | (env or {})} | how
+    return subprocess.run([*by, *CASCADEFS, *map(str, words)], capture_output=True, timeout=COMMAND_S, check=False, **how)
 
 
 class Mount:
@@ -218,3 +215,23 @@ def mount(request, tmp_path):
     found = Mount(tmp_path, "--shm-size", "64MiB", *MODES[request.param])
     yield found
     found.clean()
+
+
+@pytest.fixture
+def one_mode(tmp_path):
+    """As `mount`, in the better mode only: for what is the same in both."""
+    need_root_and_fuse()
+    found = Mount(tmp_path, "--shm-size", "64MiB")
+    yield found
+    found.clean()
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder of an ordinary user's, whom the folders above let pass."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    found = tmp_path / "home"
+    found.mkdir()
+    os.chown(found, NOBODY, NOBODY)
+    return found

@@ -26,7 +26,7 @@ ORDER = [
     ["residency"],
     ["owners", "read_ahead", "adrift"],
     ["files"],
-    ["sealing", "streams", "recovery"],
+    ["sealing", "streams", "recovery", "outgrown"],
     ["journal", "extent", "loss"],
     ["fsyncs", "straight"],
     ["mover"],

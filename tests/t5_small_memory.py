@@ -33,6 +33,25 @@ with Library(settings) as store:
     assert memory.used_bytes() <= 32 * MIB
 print("done")
 """
+OUTGROWN = """
+import sys
+from pathlib import Path
+from cascadefs.config import MIB, Settings
+from cascadefs.library import Library
+
+base, data = Path(sys.argv[1]), bytes(range(256)) * (100 << 12)
+settings = Settings(store=base / "store", shm_dir=base / "shm", shm_size=16 * MIB, seal_delay=60.0)
+with Library(settings) as store:
+    assert store.store.residency.memory.is_roomy
+    store.put("new", data)
+    store.put("old", b"small")
+    store.put("old", data)
+with Library(settings) as store:
+    for name in ("new", "old"):
+        found = bytearray(len(data))
+        assert store.get_into(name, found) == len(data) and found == data, name
+print("done")
+"""
 
 
 @pytest.fixture
@@ -45,13 +64,18 @@ def small(tmp_path):
     subprocess.run(["umount", "-l", tmp_path / "shm"], check=True)
 
 
-def run(base):
-    command = [*UNPRIVILEGED, sys.executable, "-c", PROGRAM, base]
+def run(base, program=PROGRAM):
+    command = [*UNPRIVILEGED, sys.executable, "-c", program, base]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_files_larger_than_memory_are_stored_while_the_disk_has_room(small):
     done = run(small)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_a_file_that_outgrows_memory_goes_on_on_the_disk(small):
+    done = run(small, OUTGROWN)
     assert done.stdout == "done\n", done.stderr
 
 

@@ -20,6 +20,7 @@ from cascadefs.ext.fuse_transport import (
     FOPEN_PASSTHROUGH,
     LARGEST_SPLICED_READ,
     WRITE_IS_DONE,
+    WRITE_IS_KEPT,
     WRITE_IS_SYNCED,
     WRITE_TAKES_PRIVILEGES,
     WRITER_MAY_NOT_KEEP_SETID,
@@ -402,19 +403,14 @@ def test_a_write_that_must_be_durable_is_written_here_and_told_to_python(wire, t
             wire.transport.drop_handle(fh)
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_write_that_takes_privileges_comes_to_python_first(tmp_path, fits):
-    wire = Wire(whole_writes=fits)
+def test_a_write_that_takes_privileges_comes_to_python_first(wire, tmp_path):
     with open(tmp_path / "f", "w+b", buffering=0) as file:
         wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True, guarded=True)
         for flags, mark in ((KILL_FLAG, WRITER_MAY_NOT_KEEP_SETID), (0, 0)):
             file.truncate(0)
             wire.ask(WRITE, write_body(1, b"bytes", flags))
-            told = write_body(1 | WRITE_TAKES_PRIVILEGES | mark | (0 if fits else WRITE_IS_DONE), b"bytes", flags)
-            if not fits:
-                told = told[:16] + struct.pack("<I", 4) + told[20:-5] + struct.pack("<I", 5)
-            assert wire.forwarded() == (WRITE, told)
-            assert os.fstat(file.fileno()).st_size == (0 if fits else 5)
+            assert wire.forwarded() == (WRITE, write_body(1 | WRITE_TAKES_PRIVILEGES | mark, b"bytes", flags))
+            assert os.fstat(file.fileno()).st_size == 0
         asked = struct.pack("<QQQII", 1, 0, 8192, 0, 0)
         wire.ask(FALLOCATE, asked)
         assert wire.forwarded() == (SETXATTR, struct.pack("<II", len(asked), 0) + b"/fallocate\0" + asked)
@@ -422,6 +418,31 @@ def test_a_write_that_takes_privileges_comes_to_python_first(tmp_path, fits):
         wire.ask(FALLOCATE, asked)
         assert wire.answered()[0] == 0
         wire.transport.drop_handle(1)
+
+
+def test_the_bytes_of_a_write_that_does_not_fit_the_socket_are_kept(tmp_path):
+    wire = Wire(whole_writes=False)
+    small, large = os.urandom(64 << 10), os.urandom(150_000)
+    with open(tmp_path / "f", "w+b", buffering=0) as file:
+        wire.transport.set_handle(1, fd=file.fileno(), served=True, writable=True, guarded=True)
+        wire.ask(WRITE, write_body(1, small))
+        assert wire.forwarded() == (WRITE, write_body(1 | WRITE_TAKES_PRIVILEGES, small))
+        wire.ask(WRITE, write_body(1, large, offset=5))
+        opcode, told = wire.forwarded()
+        number = told[-8:]
+        assert (opcode, told) == (WRITE, write_body(1 | WRITE_TAKES_PRIVILEGES | WRITE_IS_KEPT, number, offset=5))
+        assert wire.transport.take_write(int.from_bytes(number, "little")) == large
+        with pytest.raises(KeyError):
+            wire.transport.take_write(int.from_bytes(number, "little"))
+        wire.transport.drop_handle(1)
+    with open("/dev/full", "r+b", buffering=0) as full:
+        wire.transport.set_handle(2, fd=full.fileno(), served=True, writable=True)
+        for _ in range(64):
+            wire.ask(WRITE, write_body(2, large))
+            assert wire.forwarded()[1][:8] == struct.pack("<Q", 2 | WRITE_IS_KEPT)
+        wire.ask(WRITE, write_body(2, large))
+        assert wire.forwarded() == (WRITE, write_body(2, large))  # which the kernel gets as ENOSPC, where it is too long
+        wire.transport.drop_handle(2)
     wire.close()
 
 

@@ -7,17 +7,8 @@ import sqlite3
 import stat
 
 import pytest
-from conftest import Mount, cascadefs, need_root_and_fuse
+from conftest import cascadefs
 from stores import flip
-
-
-@pytest.fixture
-def passing(tmp_path):
-    """As `mount`, in the better mode only: these tests look at the store, the mode moves only the bytes."""
-    need_root_and_fuse()
-    found = Mount(tmp_path, "--shm-size", "64MiB")
-    yield found
-    found.clean()
 
 
 def place(mount, name):
@@ -76,8 +67,8 @@ def test_a_damaged_file_is_eio_on_the_mount_and_the_others_are_not(mount):
     assert "/f2" in (mount.store / "cascadefs.log").read_text()
 
 
-def test_verify_and_fsck_heal_from_memory_and_name_what_they_cannot(passing):
-    mount = passing
+def test_verify_and_fsck_heal_from_memory_and_name_what_they_cannot(one_mode):
+    mount = one_mode
     filled(mount)
     done = cascadefs("fsck", mount.store)
     assert done.returncode == 1 and "in use" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -98,8 +89,8 @@ def test_verify_and_fsck_heal_from_memory_and_name_what_they_cannot(passing):
     assert "hurts /f2" in cascadefs("verify", mount.store).stdout
 
 
-def test_a_damaged_index_is_one_line_and_rebuilt_from_the_extents(passing):
-    mount = passing
+def test_a_damaged_index_is_one_line_and_rebuilt_from_the_extents(one_mode):
+    mount = one_mode
     contents = filled(mount)
     before = {p: os.lstat(mount.path / p) for p in [*contents, "folder", "folder/f5", "link", "empty"]}
     mount.stop()

@@ -6,12 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CASCADEFS, Mount, cascadefs, need_root_and_fuse
+from conftest import AS_NOBODY, CASCADEFS, Mount, cascadefs, need_root_and_fuse
 
-NOBODY = "65534"
-# A user, who may read wherever the interpreter lies.
-AS_NOBODY = ("setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups",
-             "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")  # fmt: skip
 IN_NAMESPACE = """
 set -e
 $CF mount --store "$1/store" --shm-size 32MiB "$1/mnt" > "$1/told"
@@ -74,17 +70,11 @@ def test_a_store_on_an_overlay_takes_files_that_find_no_room_in_memory(overlay):
 
 
 @pytest.mark.usefixtures("open_to_users")
-def test_allow_other_is_refused_where_the_system_does_not_allow_it(tmp_path):
+def test_allow_other_is_refused_where_the_system_does_not_allow_it(home):
     conf = Path("/etc/fuse.conf")
     allowed = conf.exists() and "user_allow_other" in conf.read_text().splitlines()
     if allowed:
         pytest.skip("users may allow others here")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    home = tmp_path / "home"
-    home.mkdir()
-    os.chown(home, int(NOBODY), int(NOBODY))
-    words = [*AS_NOBODY, *CASCADEFS, "mount", home / "mnt", "--store", home / "store", "-o", "allow_other"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = cascadefs("mount", home / "mnt", "--store", home / "store", "-o", "allow_other", by=AS_NOBODY)
     assert done.returncode == 1 and "user_allow_other" in done.stderr and len(done.stderr.splitlines()) == 1
     assert cascadefs("status", home / "mnt").returncode == 1

@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Mount, cascadefs, need_root_and_fuse
+from conftest import NOBODY, cascadefs
 
-NOBODY = 65534
 SECRET = b"a secret of root's " * 1000
 
 
@@ -22,12 +21,9 @@ def as_nobody(code, *arguments):
 
 
 @pytest.fixture
-def mount(tmp_path):
+def mount(one_mode):
     """Doors are the same in both modes."""
-    need_root_and_fuse()
-    found = Mount(tmp_path, "--shm-size", "64MiB")
-    yield found
-    found.clean()
+    return one_mode
 
 
 @pytest.fixture

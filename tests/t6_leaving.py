@@ -2,15 +2,15 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import CASCADEFS, cascadefs, need_root_and_fuse
+from conftest import AS_NOBODY, cascadefs, need_root_and_fuse
 
 from cascadefs.mount import asking, holders, mountinfo
 from cascadefs.mount.leaving import is_running
@@ -102,20 +102,9 @@ def test_every_command_knows_the_mount_however_it_is_typed(mount, tmp_path, monk
     assert not os.path.ismount(mount.path)
 
 
-AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
-             "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")  # fmt: skip
-
-
 @pytest.mark.usefixtures("open_to_users")
-def test_an_ordinary_user_clears_a_dead_mount():
-    home = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
-    os.chown(home, 65534, 65534)
-
-    def run(*words):
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
-        command = [*AS_NOBODY, *CASCADEFS, *map(str, words)]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
-
+def test_an_ordinary_user_clears_a_dead_mount(home):
+    run = partial(cascadefs, by=AS_NOBODY)
     mounting = ("mount", home / "mnt", "--store", home / "store", "--shm-size", "32MiB")
     try:
         done = run(*mounting)
@@ -134,7 +123,6 @@ def test_an_ordinary_user_clears_a_dead_mount():
         assert done.returncode == 0, done.stderr
     finally:
         subprocess.run(["umount", "-l", home / "mnt"], check=False, capture_output=True)
-        shutil.rmtree(home)
 
 
 def pids_as_nobody(run, path):

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 from conftest import CASCADEFS, Mount, cascadefs, need_root_and_fuse
@@ -19,29 +20,21 @@ def limited(number):
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
-def run(*words, **how):
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("CASCADEFS_")}
-    how = {"stdin": subprocess.DEVNULL, "env": environ} | how
-    return subprocess.run([*CASCADEFS, *map(str, words)], capture_output=True, text=True, timeout=120, check=False, **how)
-
-
 @pytest.fixture
-def mount(tmp_path):
-    need_root_and_fuse()
-    found = Mount(tmp_path, "--shm-size", "64MiB")
-    yield found
-    found.clean()
+def mount(one_mode):
+    """Limits are the same in both modes, where a test does not ask for each."""
+    return one_mode
 
 
 def test_too_few_descriptors_are_refused_and_nothing_is_touched(mount):
-    done = run("mount", mount.path, "--store", mount.store, preexec_fn=limited(FEW // 2))
+    done = cascadefs("mount", mount.path, "--store", mount.store, preexec_fn=limited(FEW // 2))
     assert done.returncode == 1 and "ulimit" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not mount.store.exists() and not mount.path.exists()
 
 
 @pytest.mark.parametrize("mode", [(), ("--no-passthrough",)])
 def test_with_few_descriptors_programs_are_told_and_everything_is_flushed(mount, mode):
-    done = run("mount", mount.path, "--store", mount.store, *mount.options, *mode, preexec_fn=limited(FEW))
+    done = cascadefs("mount", mount.path, "--store", mount.store, *mount.options, *mode, preexec_fn=limited(FEW))
     assert done.returncode == 0, done.stderr
     contents = {f"f{i}": os.urandom(20_000) for i in range(400)}
     for name, data in contents.items():
@@ -105,20 +98,15 @@ def test_closed_standard_streams(mount):
     assert (mount.path / "f").read_bytes() == b"kept"
 
 
-def without(*names):
-    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith("CASCADEFS_")}
-
-
 def test_without_a_home_a_store_must_be_named(mount):
-    environ = without("HOME", "SCRATCH")
+    homeless = partial(cascadefs, lacking=("HOME", "SCRATCH"))
     unknown = ("setpriv", "--reuid", "4242", "--clear-groups", "--inh-caps", "+dac_read_search",
                "--ambient-caps", "+dac_read_search")  # fmt: skip
-    words = [*unknown, *CASCADEFS, "mount", mount.path]
-    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = homeless("mount", mount.path, by=unknown)
     assert done.returncode == 1 and "--store" in done.stderr and len(done.stderr.splitlines()) == 1
-    done = run("mount", mount.path, "--store", mount.store, *mount.options, env=environ)
+    done = homeless("mount", mount.path, "--store", mount.store, *mount.options)
     assert done.returncode == 0, done.stderr
-    assert run("umount", mount.path, env=environ).returncode == 0
+    assert homeless("umount", mount.path).returncode == 0
 
 
 def test_a_working_folder_that_is_gone(mount, tmp_path):

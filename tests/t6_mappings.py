@@ -7,7 +7,6 @@ import os
 import time
 
 import pytest
-from conftest import Mount, need_root_and_fuse
 
 PART = 2 << 20  # a page of the memory tier may be so large
 ASKERS = {
@@ -22,15 +21,11 @@ ASKERS = {
 
 
 @pytest.fixture
-def mount(tmp_path):
-    need_root_and_fuse()
-    found = Mount(tmp_path, "--shm-size", "256MiB")
-    found.start()
-    if found.status()["mode"] != "passthrough":
-        found.clean()
+def mount(one_mode):
+    one_mode.start()
+    if one_mode.status()["mode"] != "passthrough":
         pytest.skip("the kernel tells of stores when it writes the pages")
-    yield found
-    found.clean()
+    return one_mode
 
 
 @contextlib.contextmanager
