@@ -34,6 +34,7 @@ from cascadefs.owners import Owners
 from cascadefs.read_ahead import ReadAhead
 from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.types import Home, Inode, Location, Object
+from cascadefs.written import Blind, Tracker
 
 FEW = 256  # orphans may be many when files are removed: so many inodes are asked about one by one before all orphans are read
 DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
@@ -56,6 +57,8 @@ class Files:
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
         self.pads: Callable[[], bool] = nobody_pads  # whether staged files may have blocks that were allocated ahead of writers
+        self.tracker: Tracker = Blind()
+        self.is_updated: Callable[[int, Source | None], bool] = nobody_updates  # whether we are to see the writes of an opener
         self.unchanged: set[int] = set()  # staged inodes that straight.py reads: whoever may change one takes it out
         self.last_use = 0.0  # time.monotonic() of the last open or close; see quiet_s()
         self._memory_used = 0
@@ -89,6 +92,7 @@ class Files:
             os.truncate(adrift, size_bytes)
         else:
             media.truncate(self.staged_path(inode), size_bytes, by_handle)
+        self.tracker.lose(inode.ino)
 
     def _cut_padding(self, inode: Inode) -> None:
         path = self.staged_path(inode)
@@ -119,7 +123,9 @@ class Files:
                 inode = self.namespace.get(ino)
             elif truncate:
                 self._truncate_staged(inode, 0)
-            handle = live.enter(await self._new_source_for(inode), writable)
+            source = await self._new_source_for(inode)
+            by_us = writable and not truncate and not live.handles and self.is_updated(ino, source)
+            handle = live.enter(source, writable, True if by_us else None)
             if writable:
                 self._look_for_gaps(ino)
             return handle
@@ -180,6 +186,8 @@ class Files:
             self.owners.left(handle.ino)
         if handle.writable and not live.writers:
             self.gaps.forget(handle.ino)
+            self.tracker.end(handle.ino)
+            live.kept = None
             self.seal_soon(handle.ino)
         self.forget_if_gone(handle.ino)
 
@@ -459,6 +467,11 @@ class Files:
 
 
 def nobody_pads() -> bool:
+    """Without a mount."""
+    return False
+
+
+def nobody_updates(ino: int, source: Source | None) -> bool:
     """Without a mount."""
     return False
 

@@ -27,7 +27,7 @@ from cascadefs.live import take
 from cascadefs.manifest import Listed, encode
 from cascadefs.record import record_bytes
 from cascadefs.sealing import DOMAIN_BITS, Content, Sealer
-from cascadefs.tiers.capture import Capture, Subject
+from cascadefs.tiers.capture import PAGE, Capture, Subject
 from cascadefs.types import Home, Inode, Location, Print
 
 FILES, BYTES = 64, 16 << 20  # of one append, unless a single file is longer: those who come later wait for it
@@ -189,8 +189,16 @@ class Fsyncs:
         found = os.fstat(fd)
         times = found.st_mtime_ns, changed_ns(inode, found.st_mtime_ns)
         step = self._step(inode, found.st_size)
-        is_known = step > 0 and is_near and found.st_blocks * 512 >= found.st_size  # a mapping fills holes when it is read
-        return [_Open(ino, domain, is_near, Subject(fd, found.st_size, not domain, places, step, is_known), times)]
+        pages = self._room_for_pages(ino, found.st_size)
+        is_whole = found.st_blocks * 512 >= found.st_size  # a mapping fills holes when it is read
+        is_known = step > 0 and is_near and is_whole and pages is None
+        return [_Open(ino, domain, is_near, Subject(fd, found.st_size, not domain, places, step, is_known, pages), times)]
+
+    def _room_for_pages(self, ino: int, size_bytes: int) -> bytearray | None:
+        """For the fingerprints of its pages, if the next sync is to compare with them."""
+        live = self._files.live.get(ino)
+        wanted = live is not None and live.kept is not None and live.kept.wants_prints
+        return bytearray(-(-size_bytes // PAGE) * 16) if wanted else None
 
     def _step(self, inode: Inode, size_bytes: int) -> int:
         """Length of its blocks; 0: the usual one."""
@@ -269,12 +277,18 @@ class Fsyncs:
                     self._refresh(captured.ino)
         except Unplaced:
             return None
+        self._keep_pages(contents)
         told = {one.ino for one in kept if document.told.get(one.ino) == one.content.digest}
         files.database.changed -= told - changed_since
         files.database.changed |= document.told.keys() - told
         files.database.unlisted.difference_update(files.bulk.numbers({document.told[ino] for ino in told}).values())
         self._extent.placed |= {content.digest: None for _, content in contents if content.known and not content.known.durable}
         return {captured.ino for captured in kept}
+
+    def _keep_pages(self, contents: Sequence[tuple[_Open, Content]]) -> None:
+        for one, _ in contents:
+            if (live := self._files.live.get(one.ino)) is not None and live.kept is not None:
+                live.kept.prints = one.subject.pages
 
     def _refresh(self, ino: int) -> None:
         """What the inode falls back to has the size and times that its file has now."""

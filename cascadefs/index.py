@@ -7,13 +7,15 @@ Owns: tables objects, object_blocks, blocks, extents and the content columns of 
 (3) inodes.durable_oid is what the inode falls back to when memory is lost; it names a durable object, EMPTY_OID
     (no bytes, durable) or nothing (absent).
 (4) extents.live = bytes of the records that blocks point to.
+(5) patch_logs names the log, if any, whose patches belong on top of what an inode falls back to: whatever sets that, be it to
+    the same object, takes the log away.
 """
 
 import sqlite3
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -47,6 +49,9 @@ class Index:
         self._db = database.connection
         self.block_bytes = database.identity.block_bytes
         self.gone: set[bytes] = set()  # digests of objects that were deleted: their copies are to go
+        self.logs: dict[int, int] = dict(self._db.execute("SELECT ino, number FROM patch_logs"))
+        self._stale_logs = list[tuple[int, int, int]]()  # (inode, number, changes of rows until then): files that are to go
+        database.undo.append(self._keep_logs)
 
     # --- objects and their blocks
 
@@ -252,6 +257,8 @@ class Index:
     def set_fallback(self, ino: int, oid: int | None) -> list[Location]:
         """Make a durable object (or EMPTY_OID) what the inode falls back to."""
         with self._database.transaction():
+            if ino in self.logs:
+                self._drop_log(ino)
             row = self._db.execute("SELECT durable_oid FROM inodes WHERE ino=?", (ino,)).fetchone()
             if row is None or row[0] == oid:
                 return []
@@ -260,6 +267,41 @@ class Index:
             self._database.changed.add(ino)
             self._db.execute("UPDATE inodes SET durable_oid=? WHERE ino=?", (oid, ino))
             return self._unref(row[0]) if row[0] is not None else []
+
+    # --- logs of patches
+
+    def add_log(self, ino: int, number: int) -> None:
+        """A log that is there and synced has what the inode falls back to besides its object."""
+        with self._database.transaction():
+            self._db.execute("INSERT OR REPLACE INTO patch_logs VALUES(?,?)", (ino, number))
+            self.logs[ino] = number
+            self._database.changed.add(ino)
+
+    def _drop_log(self, ino: int) -> None:
+        self._db.execute("DELETE FROM patch_logs WHERE ino=?", (ino,))
+        self._database.changed.add(ino)
+        self.drop_file(ino, self.logs.pop(ino))
+
+    def drop_file(self, ino: int, number: int) -> None:
+        """No row names this log any more, or ever did."""
+        self._stale_logs.append((ino, number, self._db.total_changes))
+
+    def take_stale_logs(self, synced: int, has_news_of: Callable[[int], bool]) -> list[tuple[int, int]]:
+        """(inode, number) of logs that an index does not know that was synced when it had so many changes of rows, and that the
+        extents do not tell of either."""
+        gone = [one for one in self._stale_logs if one[2] <= synced and not has_news_of(one[0])]
+        if gone:
+            self._stale_logs = [one for one in self._stale_logs if one not in gone]
+        return [(ino, number) for ino, number, _ in gone]
+
+    def _keep_logs(self) -> Callable[[], None]:
+        """As they were, when a transaction is rolled back."""
+        logs, stale = dict(self.logs), list(self._stale_logs)
+
+        def restore() -> None:
+            self.logs, self._stale_logs = logs, stale
+
+        return restore
 
     # --- extents
 

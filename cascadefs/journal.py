@@ -13,7 +13,7 @@ index.py), and when a snapshot is worth its size. Reads rows only. Invariants:
 import itertools
 import stat
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,8 +184,9 @@ class Journal:
         xattrs: dict[int, list[tuple[bytes, bytes]]] = {}
         for ino, name, value in self._db.execute(f"SELECT ino, name, value FROM xattrs WHERE ino IN ({asked})", inos):
             xattrs.setdefault(ino, []).append((name, value))
+        logs = self._index.logs
         return [
-            _as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready, row[0] in drafts) for row in rows
+            _as_told(row, names.get(row[0], []), xattrs.get(row[0], []), ready, row[0] in drafts, logs) for row in rows
         ]
 
     def _gone(self, page: Sequence[int]) -> list[int]:
@@ -213,16 +214,23 @@ class Journal:
 
 
 def _as_told(
-    row: Any, names: list[tuple[int, bytes]], xattrs: list[tuple[bytes, bytes]], ready: set[int], is_draft: bool
+    row: Any,
+    names: list[tuple[int, bytes]],
+    xattrs: list[tuple[bytes, bytes]],
+    ready: set[int],
+    is_draft: bool,
+    logs: Mapping[int, int],
 ) -> Told | None:
     """`row` as _ROWS has it. A draft has no content yet."""
     ino, mode, uid, gid, rdev, atime, mtime, ctime, target, links, home, oid, digest, durable, fallback, fallback_oid = row
-    content = digest if durable or oid in ready else fallback
+    is_shown = durable or oid in ready
+    content = digest if is_shown else fallback
     empty = is_draft or (not home and oid is None) or (content is None and fallback_oid == EMPTY_OID)
     if not links or (stat.S_ISREG(mode) and not empty and content is None):
         return None
     shown = None if empty else content
-    return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs)
+    number = 0 if shown is None or is_shown else logs.get(ino, 0)
+    return Told(ino, mode, uid, gid, rdev, atime, mtime, ctime, target, shown, names, xattrs, number)
 
 
 async def encoded(manifest: Manifest, hurried: Callable[[], bool] = lambda: True) -> bytes:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import trio
 
+from cascadefs.written import Kept
+
 
 async def take(lock: trio.Lock) -> None:
     """Acquire a lock; without a turn of the scheduler when it is free, as it nearly always is."""
@@ -57,6 +59,7 @@ class Live:
     directs: int = 0
     sourced: int = 0
     syncs: int = 0  # of its staged bytes, while somebody writes
+    kept: Kept | None = None  # of its durable version, while somebody writes
     _lock: trio.Lock | None = None  # made when first taken: most files are created, written and closed without
 
     @property

@@ -112,7 +112,8 @@ class Loss:
             inode: Inode = self._files.namespace.get(ino)
             names = self._files.namespace.names_of(ino)
             fall_back(self._files, inode, result)
-            self._files.to_seal.pop(ino, None)
+            if ino not in self._files.index.logs:  # else it is staged again
+                self._files.to_seal.pop(ino, None)
             self._files.forget_if_gone(ino)
             self.fell_back(ino, [] if self._files.namespace.names_of(ino) else names)
 

@@ -21,7 +21,8 @@ Pair = tuple[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """An inode. `names`: (folder's inode, name). `digest`: of its content, None when it has none or is empty."""
+    """An inode. `names`: (folder's inode, name). `digest`: of its content, None when it has none or is empty. `log`: number of
+    the log whose patches belong on top of that, 0: none."""
 
     ino: int
     mode: int
@@ -35,6 +36,7 @@ class Told:
     digest: bytes | None
     names: list[tuple[int, bytes]] = field(default_factory=list)
     xattrs: list[Pair] = field(default_factory=list)
+    log: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def _row(told: Told) -> list[object]:
     numbers = [told.ino, told.mode, told.uid, told.gid, told.rdev, told.atime_ns, told.mtime_ns, told.ctime_ns]
     names = [(parent, _text(name)) for parent, name in told.names]
     xattrs = [(_text(name), _text(value)) for name, value in told.xattrs]
-    return [*numbers, _text(told.target), told.digest.hex() if told.digest else None, names, xattrs]
+    log = [told.log] if told.log else []
+    return [*numbers, _text(told.target), told.digest.hex() if told.digest else None, names, xattrs, *log]
 
 
 def decode(payload: bytes) -> Manifest | None:
@@ -123,13 +126,14 @@ def decode(payload: bytes) -> Manifest | None:
 
 
 def _told(row: Any) -> Told:
-    ino, mode, uid, gid, rdev, atime_ns, mtime_ns, ctime_ns, target, digest, names, xattrs = row
+    ino, mode, uid, gid, rdev, atime_ns, mtime_ns, ctime_ns, target, digest, names, xattrs, *log = row
     return Told(
         *(int(ino), int(mode), int(uid), int(gid), int(rdev), int(atime_ns), int(mtime_ns), int(ctime_ns)),
         target=_bytes(target),
         digest=bytes.fromhex(digest) if digest is not None else None,
         names=[(int(parent), name.encode("latin-1")) for parent, name in names],
         xattrs=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in xattrs],
+        log=int(log[0]) if log else 0,
     )
 
 

@@ -28,6 +28,7 @@ from cascadefs.files import Files
 from cascadefs.fsyncs import Fsyncs
 from cascadefs.journal import Journal, Taken, encoded
 from cascadefs.live import take
+from cascadefs.patches import Patches
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Outcome, Sealer
 from cascadefs.straight import Straight
@@ -61,6 +62,7 @@ class Mover:
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self.extent = OpenExtent(files)
         self.fsyncs = Fsyncs(files, sealer, self.journal, self.extent, self.sync_index)
+        self.patches = Patches(files)
         self.straight = Straight(files, sealer, self.extent)
         self._sync_lock = trio.Lock()
         self._synced = -1  # rows that had changed in this process when the index was synced the last time
@@ -135,6 +137,7 @@ class Mover:
         for bid in self.residency.healer.take_healable():
             await self.heal(bid)
         self._last_round = time.monotonic()
+        await self.patches.remove_stale(self._synced, self.journal.has_news_of)
         if done:
             self.last_error = None
         elif self._untold or self.journal.wants_snapshot():
@@ -337,8 +340,7 @@ class Mover:
         self.residency.tidy(synced)
 
     async def sync_index(self) -> None:
-        """Every transaction so far survives a loss of power afterwards. Whoever comes while a sync is under way shares the next
-        one; when nothing has changed since the last there is nothing to do."""
+        """Every transaction so far survives a loss of power afterwards. Whoever comes meanwhile shares the next sync."""
         database = self.files.database
         asked = database.connection.total_changes
         await take(self._sync_lock)
@@ -379,7 +381,7 @@ class Mover:
     # --- waiting for durability
 
     async def make_durable(self, oid: int) -> None:
-        """Return when the object is durable and synced. EIO when its only copy is damaged; the medium's error otherwise."""
+        """Return when the object is durable and synced. EIO when its only copy is damaged."""
         while (found := self.index.find_oid(oid)) is not None and not found.durable:
             if oid in self.unflushable:
                 raise os_error(errno.EIO, "the only copy of this content is damaged")
@@ -387,6 +389,11 @@ class Mover:
 
     async def fsync(self, ino: int) -> None:
         """Data and name of one file are durable afterwards."""
+        if await self.patches.fsync(ino, self._fsync_whole):
+            await self._tell_of(ino)
+            await self.sync_index()
+
+    async def _fsync_whole(self, ino: int) -> None:
         while (inode := self.files.namespace.get(ino)).home and inode.nlink and not await self.sealer.seal(ino):
             if self.files.attributes(ino).size > self.files.settings.batch_size:
                 await self._fsync_copy(ino)
@@ -413,8 +420,7 @@ class Mover:
                 if self.journal.has_news_of(ino):
                     await self._append((), await self.journal.changes((), synced=(ino,)))
 
-    async def _fsync_copy(self, ino: int) -> None:
-        """Of a large file that has writers: it would be too long for one append."""
+    async def _fsync_copy(self, ino: int) -> None:  # a large file that has writers: it would be too long for one append
         holder = await self.sealer.snapshot(ino)
         if holder is None:
             return
@@ -453,6 +459,7 @@ class Mover:
                     raise  # else it went meanwhile, and nothing of it has to be durable
         await self.tell()
         await self.sync_index()
+        await self.patches.remove_stale(self._synced, self.journal.has_news_of)
         if left := len(self.unflushable | self._put_off_until.keys()):
             raise os_error(errno.EIO, f"{left} objects whose only copy is damaged or unreadable could not be flushed")
 

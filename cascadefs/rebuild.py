@@ -24,6 +24,7 @@ from cascadefs.index import digest_of, recount_objects
 from cascadefs.manifest import Listed, Manifest, Told, decode
 from cascadefs.name_ring import Change, Created, Moved, Removed, pending_changes
 from cascadefs.namespace import ROOT
+from cascadefs.patch_log import FOLDER, path_of, read_header
 from cascadefs.record import ALIGN, MANIFEST, align_up, record_bytes
 from cascadefs.scan import Found
 from cascadefs.tiers.cold import ColdTier
@@ -397,6 +398,13 @@ class Rebuilder:
         rows = [(parent, at, name, ino) for at, ((parent, name), ino) in enumerate(tree.entries.items(), 1)]
         db.executemany("INSERT INTO entries VALUES(?,?,?,?)", rows)
         recount_objects(db)
+        db.executemany("INSERT INTO patch_logs VALUES(?,?)", self._logs(tree))
+
+    def _logs(self, tree: Tree) -> list[tuple[int, int]]:
+        """(inode, number) of the logs of patches that the next mount puts on top of what their inodes show."""
+        logs = [told for told in tree.inodes.values() if told.log and tree.replay.content_of(told) == told.digest]
+        headers = {told.ino: read_header(path_of(self.store / FOLDER, told.ino, told.log)) for told in logs}
+        return [(ino, header.number) for ino, header in headers.items() if header and header.base == tree.inodes[ino].digest]
 
     def _exchange(self) -> str:
         """The new index takes the place of the old one. index.db comes last: until then the store says that it has none."""

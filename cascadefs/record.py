@@ -1,4 +1,5 @@
-"""Bytes <-> values of the cold tier's files: extent header, record header, footer. FORMAT.md draws the same bytes.
+"""Bytes <-> values of the cold tier's files: extent header, record header, footer, logs of patches. FORMAT.md draws the same
+bytes.
 
 Owns: the layout and its checksums. Does no I/O. Invariants:
 (1) Every struct is little-endian, starts with a magic and a version and ends with XXH3-64 over what precedes it.
@@ -7,6 +8,7 @@ Owns: the layout and its checksums. Does no I/O. Invariants:
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import xxhash
@@ -20,7 +22,13 @@ _RECORD = struct.Struct("<4sI16sQQ16s")  # magic, version, fingerprint, payload 
 _FOOT_HEAD = struct.Struct("<4sIQQ")  # magic, version, extent number, number of entries
 _FOOT_ENTRY = struct.Struct("<16sQQ")  # fingerprint, offset, payload length
 _TAIL = struct.Struct("<4sIQQ")  # magic, version, footer offset, footer length
+_LOG = struct.Struct("<4sI16sQQ16s")  # magic, version, store id, inode, number of the log, digest of what is patched
+# magic, version, fingerprint, number of the log, place in it, size, mtime, ctime, number of ranges, payload length
+_PATCH = struct.Struct("<4sI16sQQQqqQQ")
+_RANGE = struct.Struct("<QQ")  # offset and length, of bytes of the file
 _SUM = struct.Struct("<Q")
+PATCH_HEADER_BYTES = _PATCH.size + _SUM.size
+RANGE_BYTES = _RANGE.size
 BLOCK, MANIFEST = b"CFRC", b"CFMN"  # kinds of records, told by their magic; framed and checked alike
 
 
@@ -118,3 +126,76 @@ def decode_footer(data: bytes) -> tuple[int, list[RecordHeader]] | None:
         return None
     found = _FOOT_ENTRY.iter_unpack(body[_FOOT_HEAD.size :])
     return number, [RecordHeader(fingerprint, length, offset) for fingerprint, offset, length in found]
+
+
+# --- logs of patches
+
+
+@dataclass(frozen=True, slots=True)
+class LogHeader:
+    """Of which inode, and on top of which durable content, named by its digest; `number` is used once."""
+
+    ino: int
+    number: int
+    base: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PatchHeader:
+    """What changed: so many ranges, which stand in front of their bytes; both together are the payload. The file's size and
+    times afterwards. `place`: the how manieth of log `number` it is."""
+
+    fingerprint: bytes
+    number: int
+    place: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    ranges: int
+    length: int
+
+
+def patch_bytes(length: int) -> int:
+    """Bytes that a patch with a payload of `length` bytes takes in its log."""
+    return align_up(PATCH_HEADER_BYTES + length)
+
+
+def encode_log_header(store_id: bytes, header: LogHeader) -> bytes:
+    """ALIGN bytes that open a log."""
+    body = _LOG.pack(b"CFPL", FORMAT_VERSION, store_id, header.ino, header.number, header.base)
+    return _sealed(body).ljust(ALIGN, b"\0")
+
+
+def decode_log_header(data: bytes) -> tuple[bytes, LogHeader] | None:
+    """(store id, header), or None."""
+    body = _opened(data, _LOG.size, b"CFPL")
+    if body is None:
+        return None
+    _, _, store_id, ino, number, base = _LOG.unpack(body)
+    return store_id, LogHeader(ino, number, base)
+
+
+def encode_patch_header(header: PatchHeader) -> bytes:
+    """PATCH_HEADER_BYTES bytes that stand directly before the payload."""
+    h = header
+    values = (h.number, h.place, h.size_bytes, h.mtime_ns, h.ctime_ns, h.ranges, h.length)
+    return _sealed(_PATCH.pack(b"CFPT", FORMAT_VERSION, h.fingerprint, *values))
+
+
+def decode_patch_header(data: bytes) -> PatchHeader | None:
+    """The header, or None when these are not the first bytes of a patch."""
+    body = _opened(data, _PATCH.size, b"CFPT")
+    if body is None:
+        return None
+    found = PatchHeader(*_PATCH.unpack(body)[2:])
+    return found if found.ranges * RANGE_BYTES <= found.length else None
+
+
+def encode_ranges(ranges: Iterable[tuple[int, int]]) -> bytes:
+    """(offset, length) of each, one behind the other."""
+    return b"".join(_RANGE.pack(*one) for one in ranges)
+
+
+def decode_ranges(data: bytes | memoryview) -> list[tuple[int, int]]:
+    """What encode_ranges() wrote."""
+    return list(_RANGE.iter_unpack(data))

@@ -15,11 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cascadefs import patch_log
 from cascadefs.errors import os_error
 from cascadefs.ext import hashing
 from cascadefs.files import Files
 from cascadefs.name_ring import Change, Created, Moved, NameRing, Removed
 from cascadefs.namespace import HOLDER
+from cascadefs.patched import bring_back, is_alone
 from cascadefs.tiers.files import FileTier
 from cascadefs.types import EMPTY_OID, Home, Inode, Object
 
@@ -85,6 +87,9 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
             _check_staged(files, files.namespace.get(ino), result)
         for found in files.index.all_dirty():
             _check_dirty(files, found, result)
+        for ino in [one for one in files.index.logs if is_alone(files, one)]:
+            fall_back(files, files.namespace.get(ino), result)
+    patch_log.remove_all_but(files.settings.store / patch_log.FOLDER, files.index.logs.items())
     for inode in map(files.namespace.get, files.namespace.orphans()):
         if keep_orphans and inode.target != HOLDER:
             files.lookups[inode.ino] = 1
@@ -152,6 +157,9 @@ def _is_whole(files: Files, tier: FileTier, found: Object) -> bool:
 
 def fall_back(files: Files, inode: Inode, result: Recovered) -> None:
     """The inode shows its durable version, or loses its names."""
+    if bring_back(files, inode):
+        result.fallen_back += 1
+        return
     if inode.durable_oid is None:
         files.index.set_content(inode.ino, Home.NONE, None, 0, keep_fallback=False)
         files.namespace.remove_all_names(inode.ino)

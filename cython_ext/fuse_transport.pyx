@@ -41,6 +41,7 @@ from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
 from cython_ext.request_memory cimport (
     REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
 from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KEPT, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
+from cython_ext.written_ranges cimport Written, written_begin, written_end, written_lose, written_note, written_take
 from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device, told
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -226,6 +227,29 @@ cdef class Transport:
     def take_gaps(self):
         """Inodes that turned out to be written with gaps, since the last call."""
         return gaps_taken(&self.known.ahead)
+
+    def begin_written(self, uint64_t ino):
+        """Nothing of this file was written so far. False: there are too many such files."""
+        return written_begin(&self.known.written, ino)
+
+    def note_written(self, uint64_t ino, uint64_t offset, uint64_t length):
+        """Somebody else has written to a file."""
+        written_note(&self.known.written, ino, offset, length)
+
+    def lose_written(self, uint64_t ino):
+        """A file has changed: what of it, nobody knows."""
+        written_lose(&self.known.written, ino)
+
+    def take_written(self, uint64_t ino):
+        """[(offset, length)] of what was written since begin_written() or the last call; None: that is not known."""
+        cdef Written taken
+        cdef uint32_t i
+        if not written_take(&self.known.written, ino, &taken):
+            return None
+        return [(taken.ranges[i].offset, taken.ranges[i].length) for i in range(taken.count)]
+
+    def end_written(self, uint64_t ino):
+        written_end(&self.known.written, ino)
 
     def backing_open(self, int fd):
         """Register a file for passthrough: its backing_id. Best read-only: then this process does not count as a writer."""
@@ -427,7 +451,7 @@ cdef class Transport:
         if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.message_max):
             return 0
         if head.opcode == FUSE_WRITE:
-            code = write_served(&self.known.handles, &self.wire, &self.known.kept, message, self.whole_writes, &size)
+            code = write_served(&self.known.handles, &self.known.written, &self.wire, &self.known.kept, message, self.whole_writes, &size)
             return self.forward(message, size, code) if code else 0
         if names_answered(&self.known, &self.wire, message, size, self.passthrough_agreed, &code):
             return code

@@ -4,8 +4,8 @@
 # Knows nothing of objects, tiers or names. The GIL is released for all of it. Invariants:
 # (1) Equal bytes and equal secret give equal fingerprints on every machine (XXH3's canonical big-endian form).
 # (2) A range past the end of the file is an error (EIO), never zeros: the file shrank under the caller.
-# Files are read with pread, not mapped: a mapping of a file that shrinks kills the process with SIGBUS. mapped_fingerprints() alone
-# maps, because the copy costs twice what the hash does, and catches the signal.
+# Files are read with pread, not mapped: a mapping of a file that shrinks kills the process with SIGBUS. mapped_fingerprints() and
+# changed_pages() map, because the copy costs twice what the hash does, and catch the signal.
 
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t
@@ -79,8 +79,41 @@ cdef extern from *:
         munmap((void *)data, size);
         return code;
     }
+
+    static void cf_page_prints(const void *data, size_t size, const void *secret, XXH128_canonical_t *out) {
+        for (size_t at = 0; at < size; at += 4096)
+            XXH128_canonicalFromHash(out++, cf_hash((const char *)data + at, size - at < 4096 ? size - at : 4096, secret));
+    }
+
+    /* Sets the flag of each page whose print is not that of the first `known`. As above. */
+    static int cf_changed_pages(int fd, off_t offset, size_t size, size_t known, const void *secret,
+                                const XXH128_canonical_t *prints, char *flags) {
+        const char *data = (const char *)mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, offset);
+        if (data == MAP_FAILED) return errno;
+        int code = 0;
+        cf_catch_faults();
+        if (!sigsetjmp(cf_escape, 0)) {
+            cf_is_reading = 1;
+            for (size_t i = 0; i * 4096 < size; i++) {
+                size_t length = size - i * 4096 < 4096 ? size - i * 4096 : 4096;
+                XXH128_canonical_t now;
+                flags[i] = 1;
+                if (i >= known) continue;
+                XXH128_canonicalFromHash(&now, cf_hash(data + i * 4096, length, secret));
+                flags[i] = memcmp(&now, &prints[i], sizeof(now)) != 0;
+            }
+        } else {
+            code = EIO;
+        }
+        cf_is_reading = 0;
+        munmap((void *)data, size);
+        return code;
+    }
     """
     XXH128_hash_t cf_hash(const void *data, size_t size, const void *secret) nogil
+    void cf_page_prints(const void *data, size_t size, const void *secret, XXH128_canonical_t *out) nogil
+    int cf_changed_pages(
+        int fd, int64_t offset, size_t size, size_t known, const void *secret, const XXH128_canonical_t *prints, char *flags) nogil
     int cf_mapped_prints(
         int fd, int64_t offset, size_t step, size_t count, size_t last, const void *secret, XXH128_canonical_t *out) nogil
 
@@ -181,6 +214,47 @@ def mapped_fingerprints(int fd, int64_t offset, int64_t size, int64_t step, cons
 
 cdef enum:
     PAGE = 4096
+
+
+def page_prints(const uint8_t[::1] data, const uint8_t[::1] secret):
+    """The fingerprints, joined, of the pages of 4096 bytes of `data`; the last may be shorter."""
+    cdef size_t count = <size_t>data.shape[0]
+    if secret.shape[0] != 192:
+        raise ValueError("the secret is 192 bytes long")
+    prints = bytearray((count + PAGE - 1) // PAGE * 16)
+    cdef uint8_t[::1] out = prints
+    if count:
+        with nogil:
+            cf_page_prints(&data[0], count, &secret[0], <XXH128_canonical_t *>&out[0])
+    return prints
+
+
+def changed_pages(int fd, int64_t offset, int64_t size, const uint8_t[::1] prints, const uint8_t[::1] secret):
+    """[(offset, length)] of runs of pages, among `size` bytes of a file from a multiple of 4096 on, whose fingerprints are not
+    those of `prints`, as page_prints() makes them, which begin with that page and may end before. Without a copy: what lies
+    there may have changed before this returns. OSError; EIO when the file ends before."""
+    cdef int64_t pages = (size + PAGE - 1) // PAGE, known = min(pages, <int64_t>prints.shape[0] // 16), at = 0, begin
+    cdef int code
+    if secret.shape[0] != 192:
+        raise ValueError("the secret is 192 bytes long")
+    if not pages:
+        return []
+    cdef char[::1] flags = bytearray(pages)
+    with nogil:
+        code = cf_changed_pages(
+            fd, offset, <size_t>size, <size_t>known, &secret[0], <const XXH128_canonical_t *>(&prints[0] if known else NULL),
+            &flags[0])
+    check(code)
+    found = []
+    while at < pages:
+        if not flags[at]:
+            at += 1
+            continue
+        begin = at
+        while at < pages and flags[at]:
+            at += 1
+        found.append((offset + begin * PAGE, min(size, at * PAGE) - begin * PAGE))
+    return found
 
 
 cdef bint is_zero(const uint8_t *page) noexcept nogil:

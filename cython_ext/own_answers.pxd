@@ -22,6 +22,7 @@ from cython_ext.name_table cimport (
     names_tell)
 from cython_ext.open_grants cimport GrantTable, grants_free, grants_init, grants_open
 from cython_ext.positioned_io cimport allocate_range, seek_content
+from cython_ext.written_ranges cimport WrittenTable, written_free, written_init, written_note
 from libc.errno cimport EBADF, EDQUOT, ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
@@ -39,6 +40,7 @@ ctypedef struct Known:
     ListingQueue listings
     AheadTable ahead
     KeptWrites kept
+    WrittenTable written
 
 
 cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) noexcept nogil:
@@ -48,7 +50,7 @@ cdef inline int known_init(Known *known, void *event_memory, void *ring_memory) 
     ahead_init(&known.ahead)
     kept_init(&known.kept)
     return (handles_init(&known.handles) or names_init(&known.names) or attributes_init(&known.attributes)
-            or grants_init(&known.grants) or listings_init(&known.listings))
+            or grants_init(&known.grants) or listings_init(&known.listings) or written_init(&known.written))
 
 
 cdef inline void known_free(Known *known) noexcept nogil:
@@ -62,6 +64,7 @@ cdef inline void known_free(Known *known) noexcept nogil:
     kept_free(&known.kept)
     grants_free(&known.grants)
     listings_free(&known.listings)
+    written_free(&known.written)
 
 
 cdef inline int64_t now(timespec *time) noexcept nogil:
@@ -222,6 +225,7 @@ cdef inline int allocate_file(Known *known, const uint8_t *message) noexcept nog
         code = -1
     elif handle.fd >= 0:
         code = allocate_range(handle.fd, <int>arg.mode, <int64_t>arg.offset, <int64_t>arg.length)
+        written_note(&known.written, (<const fuse_in_header *>message).nodeid, arg.offset, arg.length)
         if code in (ENOSPC, EDQUOT) and handle.served and handle.writable:
             code = -1  # as a WRITE without space
     handles_return(&known.handles, handle)

@@ -13,6 +13,7 @@ from cython_ext.kept_writes cimport FITTING_BYTES, KeptWrites, keep_write
 from cython_ext.message_io cimport REPLY_HEAD, WRITE_HEAD, count
 from cython_ext.page_pipe cimport PagePipe, pipe_fill, pipe_send, pipe_take
 from cython_ext.positioned_io cimport read_range, write_range
+from cython_ext.written_ranges cimport WrittenTable, written_note
 from cython_ext.wire cimport Wire, answer, refuse, send_answer, to_device
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
@@ -84,7 +85,8 @@ cdef inline uint64_t marks_of(const Handle *handle, const fuse_io_in *arg) noexc
 
 
 cdef inline int write_served(
-        HandleTable *handles, Wire *wire, KeptWrites *kept, uint8_t *message, bint fits_python, size_t *size) noexcept nogil:
+        HandleTable *handles, WrittenTable *written, Wire *wire, KeptWrites *kept, uint8_t *message, bint fits_python,
+        size_t *size) noexcept nogil:
     """Answer a WRITE of `size` bytes: 0. Python's: the errno that it is refused with if it cannot be forwarded; `size` is its length
     then. `kept`: where the bytes go unless any number `fits_python`."""
     cdef fuse_io_in *arg = <fuse_io_in *>(message + sizeof(fuse_in_header))
@@ -109,6 +111,7 @@ cdef inline int write_served(
             make_fit(kept, message, size)
         return EIO
     code = write_range(handle.fd, message + WRITE_HEAD, arg.size, <int64_t>arg.offset)
+    written_note(written, (<fuse_in_header *>message).nodeid, arg.offset, arg.size)  # after an error, too: some may be there
     handles_return(handles, handle)
     if code in (ENOSPC, EDQUOT):
         arg.fh |= marks

@@ -15,6 +15,7 @@ from cascadefs.crash import point
 from cascadefs.mount.grants import Grants
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.once import Once
+from cascadefs.mount.seen import Seen
 from cascadefs.mount.spares import Spares
 from cascadefs.name_ring import Change, Created, Removed
 from cascadefs.store import Store
@@ -34,6 +35,7 @@ class Answered:
         self.files.pads = self.transport.pads
         self.spares, self.grants = Spares(store, handles), Grants(store, handles, self.catch_up_or_fail)
         handles.unmapped = self._unmapped
+        self.seen = Seen(store, handles, self.grants)
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
 
     def prepare(self, handler: str) -> None:

@@ -55,7 +55,10 @@ class Writes:
         if marks & WRITE_IS_DONE:
             written = int(_COUNT.unpack(data)[0])
         else:
-            await self._put(opened, data, offset)
+            try:
+                await self._put(opened, data, offset)
+            finally:
+                self.handles.transport.note_written(opened.handle.ino, offset, len(data))
             written = len(data)
         if marks & WRITE_IS_SYNCED:
             self.answered.catch_up()
@@ -110,7 +113,10 @@ class Writes:
         opened = self._opened(fh)
         self.take_privileges(opened.handle.ino, may_keep_set_id=opened.is_root, outside=opened.outside)
         allocate = partial(self.handles.transport.allocate, opened.fd, mode, offset, length)
-        await self._with_room(opened, length, allocate)
+        try:
+            await self._with_room(opened, length, allocate)
+        finally:
+            self.handles.transport.note_written(opened.handle.ino, offset, length)
 
     def take_privileges(self, ino: int, *, may_keep_set_id: bool, outside: bool, tell_kernel: bool = True) -> None:
         """Somebody changes the content of a file. `tell_kernel`: the answer to this request has no attributes."""

@@ -80,3 +80,33 @@ def test_runs_of_zeros_are_what_python_says(least):
                 if data:
                     data[pick.randrange(len(data))] = 1
             assert hashing.zero_runs(data, least) == runs_of(data, least)
+
+
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 100_003, 200_000])
+def test_changed_pages_are_those_that_differ(file, length):
+    data = bytearray(os.pread(file, length, 0))
+    pages = [bytes(data[at : at + 4096]) for at in range(0, length, 4096)]
+    prints = hashing.page_prints(data, SECRET)
+    assert prints == b"".join(hashing.fingerprint(page, SECRET) for page in pages)
+    assert hashing.changed_pages(file, 0, length, prints, SECRET) == []
+    chance = random.Random(length)
+    for _ in range(20 if length else 0):
+        changed = {chance.randrange(len(pages)) for _ in range(chance.randint(1, 9))}
+        known = chance.randrange(len(pages) + 1)  # the pages from there on have no prints
+        for page in changed:
+            os.pwrite(file, bytes([pages[page][0] ^ 1]), page * 4096)
+        found = hashing.changed_pages(file, 0, length, prints[: 16 * known], SECRET)
+        bytes_of = {at for offset, n in found for at in range(offset, offset + n, 4096)}
+        assert bytes_of == {page * 4096 for page in range(len(pages)) if page in changed or page >= known}
+        assert sum(n for _, n in found) == sum(len(pages[at // 4096]) for at in bytes_of)
+        for page in changed:
+            os.pwrite(file, pages[page][:1], page * 4096)
+
+
+def test_changed_pages_of_a_file_that_shrinks_are_an_error(file):
+    prints = hashing.page_prints(os.pread(file, 200_000, 0), SECRET)
+    os.ftruncate(file, 100_000)
+    with pytest.raises(OSError, match="Input/output"):
+        hashing.changed_pages(file, 0, 200_000, prints, SECRET)
+    half = 12 * 4096
+    assert hashing.changed_pages(file, half, 100_000 - half, prints[16 * 12 :], SECRET) == [(24 * 4096, 100_000 - 24 * 4096)]

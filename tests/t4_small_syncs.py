@@ -12,7 +12,7 @@ import trio.testing
 from recount import recount
 from stores import memory_of, opened, wipe_memory, written
 
-from cascadefs import fsck
+from cascadefs import fsck, patch_log, patches
 from cascadefs.config import MIB
 from cascadefs.ext import hashing
 from cascadefs.fsyncs import PARTS, SYNCS
@@ -42,6 +42,13 @@ async def changed_and_synced(store, ino, data, places):
     return int(end - before)
 
 
+@pytest.fixture
+def whole(monkeypatch):
+    """Without patches: as the first syncs of a file."""
+    monkeypatch.setattr(patches, "FROM_BYTES", 1 << 60)
+
+
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("way", ["index", "rebuilt"])
 async def test_little_is_written_for_little_that_changed_and_all_of_it_is_there(slow_seal, way):
     data, chance = bytearray(os.urandom(SIZE)), random.Random(1)
@@ -71,6 +78,7 @@ async def test_little_is_written_for_little_that_changed_and_all_of_it_is_there(
         assert await store.get("f") == data
 
 
+@pytest.mark.usefixtures("whole")
 async def test_a_damaged_short_block_is_healed_from_a_copy(slow_seal):
     data = bytearray(os.urandom(SIZE))
     async with opened(slow_seal) as store:
@@ -172,3 +180,161 @@ async def test_a_file_takes_in_one_sync_what_another_has_left(slow_seal):
                     await trio.testing.wait_all_tasks_blocked(0.0)
             assert store.index.object(store.namespace.get(second).durable_oid).size_bytes == 5000
     assert recount(slow_seal.store, memory_of(slow_seal)[0]) == []
+
+
+def logs_of(settings):
+    return patch_log.known(settings.store / patch_log.FOLDER)
+
+
+def durable(store, ino):
+    """What would come back if memory were lost now: base and patches, put together by hand."""
+    inode = store.namespace.get(ino)
+    data = bytearray()
+    for block in store.index.blocks(inode.durable_oid):
+        buffer = bytearray(block.length)
+        with open(store.residency.cold.path(block.location.extent), "rb") as extent:
+            extent.seek(block.location.offset + 64)
+            extent.readinto(buffer)
+        data += buffer
+    if ino in store.index.logs:
+        path = patch_log.path_of(store.settings.store / patch_log.FOLDER, ino, store.index.logs[ino])
+        for patch in patch_log.read(path, store.database.identity.secret):
+            size = patch.header.size_bytes
+            data = data[:size] + bytes(max(0, size - len(data)))
+            for offset, part in patch.parts():
+                data[offset : offset + len(part)] = part
+    return data
+
+
+async def grown_small(store, ino):
+    """Synced until patches are written."""
+    for _ in range(patches.AGAIN + 2):
+        with open(path_of(store, ino), "r+b") as file:
+            file.write(os.urandom(3))
+        await store.mover.fsync(ino)
+
+
+async def test_a_patch_changes_neither_extents_nor_rows(slow_seal):
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            await grown_small(store, ino)
+            before = store.index.open_extent(), store.database.connection.total_changes
+            for at in (5, SIZE - 3, 4 * MIB):
+                with open(path_of(store, ino), "r+b") as file:
+                    file.seek(at)
+                    file.write(b"new")
+                await store.mover.fsync(ino)
+                assert durable(store, ino)[at : at + 3] == b"new"
+            await store.mover.fsync(ino)  # nothing to write
+            assert before == (store.index.open_extent(), store.database.connection.total_changes)
+            store.namespace.update(ino, mode=0o100640)  # attributes are told all the same
+            await store.mover.fsync(ino)
+            assert not store.mover.journal.has_news_of(ino)
+
+
+@pytest.mark.parametrize("way", ["index", "rebuilt"])
+async def test_base_and_patches_come_back_together(slow_seal, way, monkeypatch):
+    monkeypatch.setattr(patches, "LOG_BYTES", MIB)  # several logs, one after the other
+    chance, numbers = random.Random(3), set()
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            path = path_of(store, ino)
+            for _ in range(60):
+                size = os.path.getsize(path)
+                if chance.random() < 0.2:
+                    os.truncate(path, chance.randint(size - 9000, size + 9000))
+                for _ in range(chance.randint(0, 3)):
+                    with open(path, "r+b") as file:
+                        file.seek(chance.randrange(SIZE // 2, SIZE))
+                        file.write(os.urandom(chance.randrange(1, 400_000)))
+                await store.mover.fsync(ino)
+                numbers.update(logs_of(slow_seal))
+                with open(path, "rb") as file:
+                    assert file.read() == durable(store, ino)
+            wanted = durable(store, ino)
+            with open(path, "r+b") as file:
+                file.write(b"never synced")
+    assert len(numbers) > 3 and len(logs_of(slow_seal)) >= 1
+    (memory,) = memory_of(slow_seal)
+    assert recount(slow_seal.store, memory) == []
+    wipe_memory(slow_seal)
+    assert fsck.run(slow_seal.store, slow_seal.shm_dir, False, lambda *_: None).exit_code == 0
+    if way == "rebuilt":
+        (slow_seal.store / "index.db").unlink()
+        assert rebuild(slow_seal.store, slow_seal.shm_dir, lambda *_: None).lost_and_found == 0
+    async with opened(slow_seal) as store:
+        assert await store.get("f") == wanted
+        assert logs_of(slow_seal) == [(ino, store.index.logs[ino])]
+    wipe_memory(slow_seal)  # once more, before anything was flushed
+    async with opened(slow_seal) as store:
+        assert await store.get("f") == wanted
+        await store.flush()
+        assert logs_of(slow_seal) == [] and not store.index.logs
+        store.residency.drop(store.residency.memory, store.index.object(store.find("f").oid).digest)
+        assert await store.get("f") == wanted
+
+
+async def test_the_same_content_again_needs_no_patches(slow_seal):
+    """What a file held at its first sync, then something else, then that again, kept whole: the object is the same one."""
+    async with opened(slow_seal) as store:
+        first = os.urandom(SIZE)
+        with written(store, "f", first) as ino:
+            path = path_of(store, ino)
+            for data in (first, first, b"other" + first[5:]):
+                with open(path, "r+b") as file:
+                    file.write(data)
+                await store.mover.fsync(ino)
+            assert ino in store.index.logs and durable(store, ino)[:5] == b"other"
+            with open(path, "r+b") as file:
+                file.write(first)
+            store.files.live[ino].kept.base = None  # as after an error
+            await store.mover.fsync(ino)
+            assert ino not in store.index.logs and durable(store, ino) == first
+        wipe_memory(slow_seal)
+    async with opened(slow_seal) as store:
+        assert await store.get("f") == first and logs_of(slow_seal) == []
+
+
+async def test_a_log_that_fails_is_left_for_a_new_base(slow_seal, monkeypatch):
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            await grown_small(store, ino)
+            number = store.index.logs[ino]
+
+            def full(self, buffer, used):
+                raise OSError(28, "No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(patch_log.PatchLog, "append", full)
+                with open(path_of(store, ino), "r+b") as file:
+                    file.write(b"here")
+                await store.mover.fsync(ino)
+            assert ino not in store.index.logs and durable(store, ino)[:4] == b"here"
+            await grown_small(store, ino)
+            assert store.index.logs[ino] != number
+            with open(path_of(store, ino), "rb") as file:
+                assert file.read() == durable(store, ino)
+    assert recount(slow_seal.store, memory_of(slow_seal)[0]) == []
+
+
+async def test_fsck_tells_of_a_damaged_log(slow_seal):
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            await grown_small(store, ino)
+            await grown_small(store, ino)
+            wanted = durable(store, ino)
+        number = store.index.logs[ino]
+    path = patch_log.path_of(slow_seal.store / patch_log.FOLDER, ino, number)
+    good = path.read_bytes()
+
+    def found():
+        return fsck.run(slow_seal.store, slow_seal.shm_dir, False, lambda *_: None).after.findings
+
+    assert found() == []
+    for damaged in (b"", good[:10] + b"x" + good[11:], good[:5000] + b"x" + good[5001:]):
+        path.write_bytes(damaged)
+        (finding,) = found()
+        assert finding.check == "patches" and finding.paths == ("/f",)
+    wipe_memory(slow_seal)
+    async with opened(slow_seal) as store:
+        assert await store.get("f") != wanted  # an older version, and the log says so

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 # A recording that does not do all of this proves nothing about it.
 MUST_DO = {
     *("CREATE extents/", "WRITE extents/", "TRUNCATE extents/", "SYNC extents/", "PUNCH extents/", "UNLINK extents/"),
+    *("CREATE patches/", "WRITE patches/", "SYNC patches/", "UNLINK patches/"),
     *("WRITE parking/staged/", "LINK parking/objects/", "UNLINK parking/objects/", "WRITE parking/boot"),
     *("WRITE index.db-wal", "SYNC index.db-wal", "UNLINK index.db-wal", "WRITE index.db", "SYNC index.db"),
     *("WRITE index.sums", "SYNC index.sums", "RENAME index.sums"),

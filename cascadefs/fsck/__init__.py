@@ -15,6 +15,7 @@ from cascadefs.errors import StoreError
 from cascadefs.fsck.extents import Checker
 from cascadefs.fsck.index_files import check_identity, check_index, identity_of
 from cascadefs.fsck.names import check_counts, check_namespace
+from cascadefs.fsck.patches import check_logs
 from cascadefs.fsck.repair import Repairer
 from cascadefs.fsck.report import Finding, Places, Progress, Report
 from cascadefs.fsck.tiers import Copies
@@ -58,6 +59,7 @@ def check(store: Path, shm_dir: Path, progress: Progress) -> tuple[Report, Place
             check_counts(image, report)
             Checker(image, places, store_id, secret, report, progress).run()
             Copies(image, places, secret, block_bytes, report, progress).run()
+            check_logs(image, places, secret, report)
         except sqlite3.DatabaseError as e:
             report.add("index.db", f"cannot be read further ({e}): run cascadefs rebuild-index")
     return report, places

@@ -11,10 +11,11 @@ from cascadefs import media, name_ring
 from cascadefs.ext import hashing
 from cascadefs.fsck.names import Paths
 from cascadefs.fsck.report import Places, Progress, Report
+from cascadefs.patch_log import FOLDER
 from cascadefs.tiers.owner import MEMORY
 
 INDEX = ("index.db", "index.db-wal", "index.db-shm", "index.sums")
-KNOWN = {"store.json", MEMORY, *INDEX, "extents", "parking", "cascadefs.log", "lost+found", "reserve"}
+KNOWN = {"store.json", MEMORY, *INDEX, "extents", "parking", FOLDER, "cascadefs.log", "lost+found", "reserve"}
 DIGEST_DIGITS = 32
 
 

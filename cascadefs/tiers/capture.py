@@ -29,6 +29,7 @@ FIRST_BYTES = WRITE_BYTES // 2  # of the first write, before which nothing is on
 TOGETHER_BYTES = 8 * MIB  # to hash so much takes a millisecond, to begin a thread a tenth
 NO_BLOCK = 0  # they have no numbers yet, and those count from 1
 Tail = Callable[[], bytes]  # a manifest; asked for when every block has been read
+PAGE = 4096  # each block of a subject with `pages` begins at a multiple of it
 TAIL_BYTES = 64 << 10  # of room for one, nearly always enough
 Lacking = Callable[[Sequence[Print]], set[Print]]
 
@@ -36,7 +37,8 @@ Lacking = Callable[[Sequence[Print]], set[Print]]
 @dataclass(eq=False, slots=True)
 class Subject:
     """An open file of at least `size_bytes`. `places` is one dictionary for all files that share their blocks. `step`: length
-    of its blocks, 0 for the usual one. `is_known`: most of them have a place; they are looked at before they are read."""
+    of its blocks, 0 for the usual one. `is_known`: most of them have a place; they are looked at before they are read.
+    `pages`: room for the fingerprints of its pages, to be filled in."""
 
     fd: int
     size_bytes: int
@@ -44,6 +46,7 @@ class Subject:
     places: dict[Print, Location]
     step: int = 0
     is_known: bool = False
+    pages: bytearray | None = None
     prints: list[Print] = field(default_factory=list)
 
 
@@ -159,6 +162,10 @@ class Capture:
             for subject, number, offset, length in group:
                 with view[at + HEADER_BYTES : at + HEADER_BYTES + length] as payload:
                     fingerprint = self._read(subject.fd, offset, payload)
+                    if subject.pages is not None:
+                        at_page = offset // PAGE * 16
+                        pages = hashing.page_prints(payload, self._cold.secret)
+                        subject.pages[at_page : at_page + len(pages)] = pages
                 found.append((subject, (fingerprint, length), at))
                 subject.prints[number] = fingerprint, length
                 at += record_bytes(length)

@@ -20,7 +20,7 @@ from typing import Any
 KINDS = ("OPEN", "CREATE", "READ", "WRITE", "TRUNCATE", "SYNC", "RENAME", "UNLINK", "LINK", "MKDIR", "PUNCH", "SEND", "MARK")
 OPEN, CREATE, READ, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, LINK, MKDIR, PUNCH, SEND, MARK = range(13)
 INDEX = ("index.db-wal", "index.db-journal", "index.db", "index.sums")
-PLACES = ("extents/", "parking/staged/", "parking/objects/", "parking/boot", *INDEX, "store.")
+PLACES = ("extents/", "patches/", "parking/staged/", "parking/objects/", "parking/boot", *INDEX, "store.")
 SECTOR = 512
 _ENTRY = struct.Struct("<IIIIQqq")  # struct entry of shim.c
 

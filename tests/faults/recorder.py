@@ -19,7 +19,7 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database, fsyncs, media, reserve, scheduler
+from cascadefs import database, fsyncs, media, patch_log, patches, reserve, scheduler
 from cascadefs.config import Settings
 from cascadefs.database import Database
 from cascadefs.mover import Mover
@@ -41,6 +41,7 @@ def settings(base: Path) -> Settings:
     """Of the recording and of every replay."""
     reserve.RESERVE_BYTES, scheduler.STRAIGHT_BYTES = 64 * KIB, 16 * KIB
     fsyncs.SYNCS = 1
+    patches.FROM_BYTES, patches.LOG_BYTES, patch_log.ROOM_BYTES = 4 * KIB, 32 * KIB, 16 * KIB
     return Settings(
         store=base / "disk" / "store",
         shm_dir=base / "shm",
@@ -112,7 +113,7 @@ class Recorder:
 
     async def edit(self, name: str) -> None:
         """A file of more than a block that is synced as it is open, again and again."""
-        await self.change(name, len(self.files[name]), self.random.randbytes(9000), edits=3)
+        await self.change(name, len(self.files[name]), self.random.randbytes(9000), edits=5)
 
     async def cut(self, name: str) -> None:
         size = self.random.randint(0, len(self.files[name]))
