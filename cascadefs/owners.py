@@ -95,7 +95,8 @@ class Owners:
         tier = self._residency.holder(found.digest)
         if tier is None:
             return None
-        self._own(ino, found, tier)
+        if not self._own(ino, found, tier):
+            return None
         if tier is self._residency.memory:
             self._residency.policy.touched(found.digest)
         return self._sources.take(ino, partial(tier.open_object, found.digest), found.digest)
@@ -121,15 +122,19 @@ class Owners:
     def _is_free(self, found: Object, tier: FileTier) -> bool:
         return self._sources.of_object(found.digest) is None and not is_used(tier.object_path(found.digest))
 
-    def _own(self, ino: int, found: Object, tier: FileTier) -> None:
-        before = self._owned.get(found.digest)
+    def _own(self, ino: int, found: Object, tier: FileTier) -> bool:
+        """False: the tier has no room for a name."""
+        before, shared = self._owned.get(found.digest), self._is_shared(found)
         if before is not None and before.ino == ino:
-            return
+            return True
+        if shared and not _has_room(partial(tier.link_private, found.digest, ino)):
+            return False
         if before is not None:
             self._disown(before.ino, found.digest)
         self._owned[found.digest] = Owned(ino, tier)
-        if self._is_shared(found):
-            self._name(found.digest)
+        if shared:
+            self._named[found.digest] = None
+        return True
 
     def _name(self, digest: bytes) -> None:
         ino, tier = self._owned[digest]
@@ -287,6 +292,17 @@ class Owners:
         """A copy is dropped: its second name would keep its memory."""
         if (owned := self._owned.get(digest)) is not None and owned.tier is tier:
             self._disown(owned.ino, digest)
+
+
+def _has_room(work: Callable[[], None]) -> bool:
+    """Whether what takes room in a tier could be done."""
+    try:
+        work()
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        return False
+    return True
 
 
 def _next(names: dict[T, V]) -> list[T]:

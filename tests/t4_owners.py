@@ -1,6 +1,7 @@
 """One inode stays one inode: equal files share a copy only one after the other, so that a writer writes where the readers of
 its file read, and nowhere else."""
 
+import errno
 import mmap
 import os
 from contextlib import contextmanager
@@ -92,6 +93,23 @@ async def test_readers_of_a_file_see_its_writer_and_those_of_an_equal_one_do_not
             store.files.release(handle)
         assert private(store) == [] and len(store.files.sources) == 0
     await check(slow_seal, {"a": OLD, "b": OLD, "c": OLD, changed: new})
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_a_file_is_read_where_memory_has_no_room_for_another_name(slow_seal, monkeypatch, durable):
+    async with opened(slow_seal) as store:
+        await twins(store, "a", "b", durable=durable)
+
+        def no_room(old, new):
+            raise OSError(errno.ENOSPC, "no room", str(old), None, str(new))
+
+        with monkeypatch.context() as full:
+            full.setattr(media, "link", no_room)
+            assert await store.get("a") == await store.get("b") == OLD
+        reader = await read(store, "a")
+        assert seen(reader) == OLD and private(store) == []
+        store.files.release(reader)
+    await check(slow_seal, {"a": OLD, "b": OLD})
 
 
 async def test_who_has_left_makes_room_for_an_equal_file(slow_seal):
