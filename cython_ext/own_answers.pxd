@@ -27,6 +27,9 @@ from libc.errno cimport EBADF, EDQUOT, ENOSPC, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
+cdef extern from "<time.h>" nogil:
+    int CLOCK_REALTIME_COARSE
+
 cdef extern from "<sys/stat.h>" nogil:
     int futimens(int fd, const timespec *times)
 
@@ -108,7 +111,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     if folder.attr.mode & MODE_SETGID:
         record.gid = folder.attr.gid
     record.time_ns = now(&times[0])
-    times[1] = times[0]
+    clock_gettime(CLOCK_REALTIME_COARSE, &times[1])  # modified: as the kernel will say of a write, which must not seem earlier
     if names_add(&known.names, key):
         return False
     if not ring_give(&known.ring, &record, &spare):
@@ -118,6 +121,7 @@ cdef inline bint make_file(Known *known, const uint8_t *message, size_t size, fu
     futimens(spare.fd, times)
     attributes_touch(&known.attributes, record.folder, record.time_ns)
     answer_create(&record, answer)
+    answer.attr.mtime, answer.attr.mtimensec = <uint64_t>times[1].tv_sec, <uint32_t>times[1].tv_nsec
     file.attr_valid, file.attr_valid_nsec, file.padding, file.attr = answer.attr_valid, 0, 0, answer.attr
     names_tell(&known.names, key, record.ino)
     attributes_fill(&known.attributes, record.ino, &file)

@@ -27,6 +27,7 @@ from cascadefs.mount.places import check_apart
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 UPGRADE_S = 15
 USAGE, MOUNT_FAILED = 1, 32  # exit codes of mount(8)
+NO_SOURCE = ("cascadefs", "none")
 # Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
 # For the same reason rich is imported where something is drawn.
 ELSEWHERE = {
@@ -295,14 +296,21 @@ def mount_helper() -> None:
         sys.exit(USAGE)
     if asked.fake:
         return
-    store = [] if asked.store in ("cascadefs", "none") else ["--store", asked.store]
+    store = [] if asked.store in NO_SOURCE else ["--store", asked.store]
+    source = options.settings.get("store", "") if asked.store in NO_SOURCE else asked.store
     settings = [f'{name}="{value}"' for name, value in options.settings.items()]
     given = [word for option in (*options.words, *settings) for word in ("-o", option)]
     try:
         main(["mount", *store, *given, "--", asked.mountpoint])
     except SystemExit as e:
-        soft = options.fails_softly and "remount" not in options.flags
+        soft = options.fails_softly and "remount" not in options.flags and _lacks_source(source)
         sys.exit(0 if soft or not e.code else MOUNT_FAILED)
+
+
+def _lacks_source(store: str) -> bool:
+    """As mount(8) says of `nofail`: the device is not there, here the disk that the store lies on. Nothing else is forgiven."""
+    folder = mountinfo.resolve(Path(store))
+    return bool(store) and not folder.exists() and not folder.parent.is_dir()
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ class Operations(pyfuse3.Operations):
         self.files.lookups[inode.ino] = 1
         self.transport.tell_name(parent, name, inode.ino)
         self.answered.grants.opened(handle)
-        return info, self._entry(inode)
+        return info, self._entry(self.files.with_staged(inode))  # modified: as the kernel stamps files, a tick late
 
     def _create_nameless(self, parent: int, kind: int, flags: int, home: int, ctx: Context) -> tuple[Info, Entry]:
         """O_TMPFILE. Sent again, it is made again: nobody holds the first one, which goes with the handle of the request."""

@@ -56,13 +56,33 @@ def test_what_the_helper_refuses_and_how(one):
         (["-o", "bogus", "-f"], 1, "bogus"),
         (["-o", "shm_size=1"], 32, "out of bounds"),
         (["-f"], 0, ""),
-        (["-o", "nofail,shm_size=1"], 0, "out of bounds"),
+        (["-o", "nofail,shm_size=1"], 32, "out of bounds"),
     ):
         done = helper(one.store, one.path, *words)
         assert done.returncode == code and told in done.stderr and len(done.stderr.splitlines()) == bool(told), words
     assert not one.store.exists() and not one.path.exists()
     assert helper(one.store, one.path, "-s", "-r", "-o", "bogus,shm_size=64MiB").returncode == 0
     assert "ro" in options_of(one.path)
+
+
+def test_nofail_forgives_that_the_disk_of_the_store_is_not_there_and_nothing_else(one, tmp_path):
+    for store, code, told in (
+        (tmp_path / "no-disk/store", 0, "is missing"),
+        (tmp_path / "file/store", 0, "is missing"),
+        (tmp_path / "file", 32, "is not a folder"),
+        (tmp_path / "full", 32, "not a cascadefs store"),
+        (tmp_path, 32, "lies in the store"),
+    ):
+        (tmp_path / "file").touch()
+        (tmp_path / "full").mkdir(exist_ok=True)
+        (tmp_path / "full/of-others").touch()
+        done = helper(store, one.path, "-o", "nofail,shm_size=64MiB")
+        assert done.returncode == code and told in done.stderr and len(done.stderr.splitlines()) == 1, (store, done)
+        assert helper(store, one.path, "-o", "shm_size=64MiB").returncode == 32
+    assert helper(tmp_path / "no-disk/store", one.path, "-o", "remount,nofail").returncode == 32
+    one.start()
+    again = helper(one.store, tmp_path / "other", "-o", "nofail,shm_size=64MiB")
+    assert again.returncode == 32 and "in use" in again.stderr
 
 
 def test_any_name_of_a_store_is_told_as_source(one, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from .support import UTIME_NOW, UTIME_OMIT, birth_ns, case, in_child, opened, pattern, rest, settle, tick, utimensat
@@ -20,6 +21,21 @@ def moved(path: Path, act: Callable[[], object]) -> set[str]:
     assert after.st_ctime_ns >= before.st_ctime_ns
     pairs = {"mtime": (before.st_mtime_ns, after.st_mtime_ns), "ctime": (before.st_ctime_ns, after.st_ctime_ns)}
     return {name for name, (old, new) in pairs.items() if old != new}
+
+
+@case
+def no_time_steps_back_from_the_creation_on(path: Path) -> None:
+    """What is written within the same tick of the kernel's clock has its time, which may be coarser than others."""
+    for number in range(200):
+        access = os.O_RDWR if number % 2 else os.O_WRONLY
+        with opened(path / f"file{number}", os.O_CREAT | access) as fd:
+            states = [os.fstat(fd)]
+            for change in (lambda fd=fd: os.write(fd, b"x"), lambda fd=fd: os.ftruncate(fd, 5)):  # type: ignore[misc]
+                change()
+                states.append(os.fstat(fd))
+        states.append(os.stat(path / f"file{number}"))
+        times = [(state.st_mtime_ns, state.st_ctime_ns) for state in states]
+        assert all(a <= b for before, after in pairwise(times) for a, b in zip(before, after, strict=True)), times
 
 
 @case
