@@ -4,12 +4,14 @@ Owns: which inodes those are, and saving their bytes. An open descriptor still h
 awaits. Invariants:
 (1) While an inode is adrift, its source is the only way to its bytes, for readers, writers and our own work.
 (2) Its bytes get a name again before the source is closed, in memory or in parking.
+(3) With a mount, its keeper has a descriptor, too, as long as it is adrift: a later worker takes it over (`keep`).
 """
 
 import contextlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 from cascadefs import media
 from cascadefs.live import Source
@@ -28,6 +30,9 @@ class Adrift:
         self._sources = residency.sources
         self._sources.leaving = self._leaves
         self._inos: set[int] = set()
+        self._kept: dict[int, int] = {}  # of an earlier worker's, until there is a source
+        self.went: Callable[[int, int], None] = nobody_keeps  # an inode is adrift, and a descriptor of its file
+        self.came_back: Callable[[int], None] = nobody_waits
 
     def __contains__(self, ino: int) -> bool:
         return ino in self._inos
@@ -36,8 +41,26 @@ class Adrift:
         """Whether an inode that is staged is adrift, after a look at its source."""
         source, inode = self._sources.of(ino), self._namespace.find(ino)
         if source is not None and inode is not None and inode.home and not self._has_name(inode.home, source):
-            self._inos.add(ino)
+            self._add(ino, source.fd)
         return ino in self._inos
+
+    def _add(self, ino: int, fd: int) -> None:
+        if ino not in self._inos:
+            self._inos.add(ino)
+            self.went(ino, fd)
+
+    def keep(self, ino: int, fd: int) -> None:
+        """It was adrift when an earlier worker died; `fd` is ours from now on."""
+        self._kept[ino] = fd
+        self._inos.add(ino)
+
+    def settle_kept(self) -> None:
+        """All that was open is known again: what nobody has open is saved now."""
+        for ino, fd in list(self._kept.items()):
+            if self._sources.of(ino) is None:
+                self._sources.release(self._sources.take(ino, partial(os.dup, fd)))
+            del self._kept[ino]
+            os.close(fd)
 
     def _has_name(self, home: int, source: Source) -> bool:
         """A file of a tmpfs that was unmounted has a name, too, but not here."""
@@ -49,8 +72,11 @@ class Adrift:
 
     def path(self, ino: int) -> str | None:
         """By which the file can be reached, by calls that follow links; None: it is not adrift."""
-        source = self._sources.of(ino) if ino in self._inos else None
-        return f"/proc/self/fd/{source.fd}" if source is not None else None
+        if ino not in self._inos:
+            return None
+        source = self._sources.of(ino)
+        fd = self._kept.get(ino) if source is None else source.fd
+        return None if fd is None else f"/proc/self/fd/{fd}"
 
     def open(self, ino: int) -> int | None:
         """A read-only descriptor that the caller closes."""
@@ -63,7 +89,9 @@ class Adrift:
             inode = self._namespace.find(source.ino)
             if inode is not None and inode.home and inode.nlink and not self._has_name(inode.home, source):
                 self._save(inode, source.fd)
-        self._inos.discard(source.ino)
+        if source.ino in self._inos:
+            self._inos.discard(source.ino)
+            self.came_back(source.ino)
 
     def _save(self, inode: Inode, fd: int) -> None:
         for home in dict.fromkeys((Home(inode.home), Home.COLD)):
@@ -83,6 +111,14 @@ class Adrift:
             self._saved(inode.ino)
             return
         log.error("inode %d lost its file in memory, and there is no room to save its bytes", inode.ino)
+
+
+def nobody_keeps(ino: int, fd: int) -> None:
+    """Without a mount."""
+
+
+def nobody_waits(ino: int) -> None:
+    """Without a mount."""
 
 
 def copied(source: Source, path: str) -> bool:

@@ -107,7 +107,7 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
 
 def _check_staged(files: Files, inode: Inode, result: Recovered) -> None:
     lost = inode.home == Home.COLD and not files.residency.parking.survived
-    if not lost and files.residency.tier_of(inode.home).has_staged(inode.ino):
+    if inode.ino in files.adrift or (not lost and files.residency.tier_of(inode.home).has_staged(inode.ino)):
         files.to_seal[inode.ino] = 0.0
         result.staged += 1
     else:

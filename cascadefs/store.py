@@ -11,6 +11,7 @@ import math
 import os
 import stat
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -48,18 +49,26 @@ log = logging.getLogger(__name__)
 class Store:
     """Open it, run `run()` in a nursery, use it in the same trio thread, `await flush()`, `close()`."""
 
-    def __init__(self, settings: Settings, claim_fd: int | None = None, keep_orphans: bool = False, first_ino: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        claim_fd: int | None = None,
+        keep_orphans: bool = False,
+        first_ino: int = 0,
+        adrift: Mapping[int, int] | None = None,
+    ) -> None:
         """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then.
 
         claim_fd: the lock that another process holds for this one. keep_orphans: a kernel may still use files without a name.
-        first_ino: lower numbers may be known to that kernel for inodes that are gone.
+        first_ino: lower numbers may be known to that kernel for inodes that are gone. adrift: descriptors of staged files that
+        had lost their names when an earlier worker died, by inode.
         """
         self.settings = settings
         self.keeps_memory_s: float | None = None  # instead of the setting
         try:
             self.database = Database(settings.store, claim_fd)
             try:
-                self._put_together(keep_orphans, first_ino)
+                self._put_together(keep_orphans, first_ino, adrift or {})
             except BaseException:
                 self.database.close()
                 raise
@@ -74,7 +83,7 @@ class Store:
         self.verifier = Verifier(self.files, self.mover)
         self.residency.healer.paths_of = self._paths_of_block
 
-    def _put_together(self, keep_orphans: bool, first_ino: int) -> None:
+    def _put_together(self, keep_orphans: bool, first_ino: int, adrift: Mapping[int, int]) -> None:
         settings, identity = self.settings, self.database.identity
         index = Index(self.database)
         memory = ShmTier(self._claim_memory(index, keep_orphans), settings.shm_size)
@@ -86,6 +95,8 @@ class Store:
         media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
         self.residency = Residency(index, memory, parking, cold, Lru(), Sources())
         self.files = Files(settings, self.database, self.residency, first_ino)
+        for ino, fd in adrift.items():
+            self.files.adrift.keep(ino, fd)
         self.ring = NameRing(memory.folder)
         self.pending = self.ring.pending(self.ring.put)  # just before everything, or an earlier worker of a mount, died
         self.database.reserve.lend(partial(enter_pending, self.files, self.ring, self.pending))

@@ -137,6 +137,7 @@ class Answered:
         if self.handles.passthrough:
             self.handles.mappings.may_come(self.store.index.staged_inodes())
         self._take_in(released, forgotten)
+        self.files.adrift.settle_kept()
 
     def _unmapped(self, ino: int) -> None:
         self.grants.renew(ino, self.store.namespace.find(ino))

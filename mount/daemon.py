@@ -16,7 +16,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 from cascadefs.mount import device, lost_memory
 from cascadefs.mount.device import Device, kernel_release
 from cascadefs.mount.handles import Handles
+from cascadefs.mount.legacy import Will
 from cascadefs.mount.once import Once
 from cascadefs.mount.operations import Operations
 from cascadefs.mount.session import Session
@@ -68,12 +69,15 @@ class Mounting:
 class Daemon:
     """A mount from its beginning, or from the death of the worker before, to its end or this worker's."""
 
-    def __init__(self, wanted: Mounting, claim_fd: int, table: Table, kept: Device | None) -> None:
-        """Everything that can fail for reasons of the user's happens here. `kept`: the mount to take over."""
+    def __init__(
+        self, wanted: Mounting, claim_fd: int, table: Table, kept: Device | None, adrift: Mapping[int, int] | None = None
+    ) -> None:
+        """Everything that can fail for reasons of the user's happens here. `kept`: the mount to take over; `adrift`: as
+        legacy.py has them."""
         self.wanted, self.table, self.took_over = wanted, table, kept is not None
         settings = wanted.configuration.settings
         listing.offer()
-        self.store = Store(settings, claim_fd, keep_orphans=self.took_over, first_ino=table.first_ino)
+        self.store = Store(settings, claim_fd, self.took_over, table.first_ino, adrift)
         if not self.took_over:
             table.first_ino = self.store.namespace.first_ino
         try:
@@ -94,6 +98,12 @@ class Daemon:
         self.virtual = Virtual(self.store, wanted.configuration, self.facts)
         self.keeper_pid = os.getppid()
         self._is_ending = False
+
+    def make_will(self, will: Will) -> None:
+        """From now on the keeper has what the next worker will need."""
+        claim, found = self.store.residency.memory.claim, self.store.files.adrift
+        claim.locked, found.went, found.came_back = will.locked, will.went, will.came_back
+        claim.locked(claim.lock_fd)
 
     def _probe_passthrough(self, wanted: bool) -> tuple[bool, str]:
         """Whether the kernel will move the bytes, and if not, why."""
@@ -286,7 +296,15 @@ def start_log(wanted: Mounting) -> None:
     )
 
 
-def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, door: socket.socket, report: int | None) -> int:
+def work(
+    wanted: Mounting,
+    claim_fd: int,
+    table_fd: int,
+    kept: Device | None,
+    door: socket.socket,
+    report: int | None,
+    adrift: Mapping[int, int],
+) -> int:
     """Be the worker: come up, hand a new device to the keeper through `door`, serve, go down; the exit code."""
 
     def tell(text: str) -> None:
@@ -303,13 +321,12 @@ def work(wanted: Mounting, claim_fd: int, table_fd: int, kept: Device | None, do
             crash.arm(Path(plan))
         if kept is not None:
             start_log(wanted)
-        worker = Daemon(wanted, claim_fd, Table(table_fd), kept)
+        worker = Daemon(wanted, claim_fd, Table(table_fd), kept, adrift)
         start_log(wanted)
         if kept is None:
             kind = "p" if worker.device.privileged else "u"
-            fds = [worker.device.fd, worker.store.residency.memory.claim.lock_fd]
-            socket.send_fds(door, [f"{kind}{worker.device.number}".encode()], fds)
-        door.close()
+            socket.send_fds(door, [f"{kind}{worker.device.number}".encode()], [worker.device.fd])
+        worker.make_will(Will(door))
         trio.run(worker.run, tell, strict_exception_groups=True)
     except UserError as e:
         tell(str(e))

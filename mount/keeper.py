@@ -1,7 +1,7 @@
 """The process behind a mount that is never busy: it holds what must outlive a worker, and starts the next one.
 
-Owns: the lock of the store, the FUSE device, the table (table.py), the child. Serves no request and opens no store, so that
-there is little that could end it. Invariants:
+Owns: the lock of the store, the FUSE device, the table (table.py), what a worker leaves (legacy.py), the child. Serves no
+request and opens no store, so that there is little that could end it. Invariants:
 (1) The device stays open while a worker lives or is going to: the kernel lets requests wait, nobody sees an error.
 (2) A first worker that dies before the mount answers is not replaced: what it said is the error.
 (3) A worker that dies at once, again and again, is given up (plan_restart): the device is closed, every access fails at once.
@@ -28,6 +28,7 @@ from cascadefs.errors import UserError
 from cascadefs.mount import daemon, device, lingering, table
 from cascadefs.mount.daemon import Mounting
 from cascadefs.mount.device import Device, kernel_release
+from cascadefs.mount.legacy import Legacy
 from cascadefs.mount.table import Table
 
 log = logging.getLogger("cascadefs.mount.keeper")  # also when it is run as a module, after an upgrade
@@ -82,8 +83,18 @@ def plan_restart(deaths: list[Death]) -> float | None:
 class Keeper:
     """Keeps one mount. `device` is None until the first worker has mounted; `worker` is a child that serves already."""
 
-    def __init__(self, wanted: Mounting, claim_fd: int, kept: Table, device: Device | None, worker: int | None) -> None:
+    def __init__(
+        self,
+        wanted: Mounting,
+        claim_fd: int,
+        kept: Table,
+        device: Device | None,
+        worker: int | None,
+        legacy: Legacy | None = None,
+    ) -> None:
         self.wanted, self.claim_fd, self.table, self.device, self.worker = wanted, claim_fd, kept, device, worker
+        self.legacy = legacy or Legacy()
+        self._door: socket.socket | None = None
         self._deaths: list[Death] = []
         self._started = 0.0
         self._workers_score = 0
@@ -132,7 +143,9 @@ class Keeper:
     def _start(self, report: int | None) -> None:
         """The next worker. The first one mounts and hands the device over."""
         self.table.generation += 1
-        ours, theirs = socket.socketpair()
+        if self._door is not None:
+            self._door.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._started = time.monotonic()
         self.worker = os.fork()
         if self.worker == 0:
@@ -141,13 +154,12 @@ class Keeper:
         theirs.close()
         if report is not None:
             os.close(report)
-        with ours:
-            if self.device is None:
-                # The second is the memory tier's lock, which is held while we live.
-                word, received, _, _ = socket.recv_fds(ours, 64, 2)
-                self.device = Device(received[0], word[:1] == b"p", word[1:].decode()) if received else None
-                if received:
-                    daemon.start_log(self.wanted)
+        self._door = ours
+        if self.device is None:
+            word, received, _, _ = socket.recv_fds(ours, 64, 1)
+            self.device = Device(received[0], word[:1] == b"p", word[1:].decode()) if received else None
+            if received:
+                daemon.start_log(self.wanted)
 
     def _be_worker(self, report: int | None, door: socket.socket) -> NoReturn:
         """In the child."""
@@ -155,11 +167,18 @@ class Keeper:
             signal.signal(number, signal.SIG_DFL)
         set_oom_score(self._workers_score)
         with contextlib.suppress(BaseException):
-            os._exit(daemon.work(self.wanted, self.claim_fd, self.table.fd, self.device, door, report))
+            os._exit(daemon.work(self.wanted, self.claim_fd, self.table.fd, self.device, door, report, self.legacy.adrift))
         os._exit(1)
 
     def _wait(self) -> Death:
         assert self.worker is not None
+        if self._door is not None:
+            with contextlib.suppress(OSError):  # a kernel without descriptors of processes
+                process_fd = os.pidfd_open(self.worker)
+                try:
+                    self.legacy.hear_until(self._door, process_fd)
+                finally:
+                    os.close(process_fd)
         _, status = os.waitpid(self.worker, 0)
         return Death(status, time.monotonic() - self._started)
 
@@ -190,8 +209,9 @@ class Keeper:
             log.error("not upgraded: the installed code cannot take over (%s)", why)
             self.table.refusals += 1
             return
-        for fd in (self.claim_fd, self.table.fd, self.device.fd):
-            os.set_inheritable(fd, True)
+        for fd in (self.claim_fd, self.table.fd, self.device.fd, self.legacy.lock_fd, *self.legacy.adrift.values()):
+            if fd >= 0:
+                os.set_inheritable(fd, True)
         os.execv(sys.executable, [*command, self._as_json()])
 
     def _as_json(self) -> str:
@@ -206,6 +226,8 @@ class Keeper:
                 "settings": settings,
                 "origins": dict(configuration.origins),
                 "fds": [self.claim_fd, self.table.fd, self.device.fd],
+                "lock_fd": self.legacy.lock_fd,
+                "adrift": list(self.legacy.adrift.items()),
                 "privileged": self.device.privileged,
                 "number": self.device.number,
                 "worker": self.worker,
@@ -240,12 +262,14 @@ def _resume(document: dict[str, Any]) -> int:
     configuration = Configuration(Settings(**values), document["origins"])
     wanted = Mounting(Path(document["mountpoint"]), configuration, tuple(document["options"]), bool(document["log_to_file"]))
     claim_fd, table_fd, device_fd = document["fds"]
-    for fd in document["fds"]:
-        os.set_inheritable(fd, False)
+    legacy = Legacy(document.get("lock_fd", -1), {int(ino): fd for ino, fd in document.get("adrift", ())})
+    for fd in (*document["fds"], legacy.lock_fd, *legacy.adrift.values()):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     daemon.start_log(wanted)
     number = document.get("number") or device.number_at(wanted.mountpoint)  # keepers before did not know it
     kept = Device(device_fd, bool(document["privileged"]), number)
-    return Keeper(wanted, claim_fd, Table(table_fd), kept, document["worker"]).run(None)
+    return Keeper(wanted, claim_fd, Table(table_fd), kept, document["worker"], legacy).run(None)
 
 
 def in_background(wanted: Mounting) -> str:

@@ -18,6 +18,7 @@ from cascadefs.store import Store
 
 GETATTR, OPEN = 3, 14
 FOLDER, RESENT = 1, 1 << 63
+TICK_NS = 20_000_000  # the kernel's clock of files stands still so long
 ATTRIBUTES = struct.Struct("<6Q10I")  # struct fuse_attr
 
 
@@ -53,8 +54,8 @@ class Maker(Wire):
         self.transport.grant(ino, self.files[ino], ino + 2000, FOPEN_NOFLUSH)
         return self.transport.add_spare(ino, ino + 1000, self.files[ino], ino + 2000)
 
-    def create(self, name, mode=0o100666, umask=0o22, unique=8, extensions=0):
-        body = struct.pack("<IIII", os.O_CREAT | os.O_WRONLY, mode, umask, 0) + name + b"\0"
+    def create(self, name, mode=0o100666, umask=0o22, unique=8, extensions=0, access=os.O_WRONLY):
+        body = struct.pack("<IIII", os.O_CREAT | access, mode, umask, 0) + name + b"\0"
         head = struct.pack("<IIQQIIIHH", 40 + len(body), CREATE, unique, FOLDER, 11, 12, 13, extensions, 0)
         self.kernel.send(head + body)
 
@@ -74,6 +75,17 @@ def maker(tmp_path):
     found.close()
 
 
+@pytest.mark.parametrize(("access", "valid_s"), [(os.O_RDWR, 0), (os.O_WRONLY, 30)])
+def test_attributes_of_what_may_be_mapped_are_for_no_time(maker, access, valid_s):
+    maker.offer(70)
+    maker.create(b"block", access=access)
+    assert struct.unpack_from("<4Q", maker.answered()[2])[3] == valid_s
+    (found,) = maker.pending()
+    assert found.for_both == (access == os.O_RDWR) and found.name == b"block"
+    maker.ask_of(70, GETATTR, bytes(16))
+    assert struct.unpack_from("<Q", maker.answered()[2])[0] == valid_s
+
+
 def test_the_layouts_of_reader_and_writer_agree():
     assert name_ring.RING_BYTES == NAME_RING_BYTES
 
@@ -89,12 +101,13 @@ def test_a_create_is_answered_with_a_spare_and_recorded(maker):
     (found,) = maker.pending()
     assert before <= found.time_ns <= time.time_ns()
     s, ns = divmod(found.time_ns, 10**9)
-    expected = (70, 0, 0, s, s, s, ns, ns, ns, 0o100644, 1, 11, 12, 0, 4096, 0)
+    modified_ns = os.fstat(maker.files[70]).st_mtime_ns
+    assert found.time_ns - TICK_NS < modified_ns <= found.time_ns  # by the clock that a write will have
+    expected = (70, 0, 0, s, modified_ns // 10**9, s, ns, modified_ns % 10**9, ns, 0o100644, 1, 11, 12, 0, 4096, 0)
     assert ATTRIBUTES.unpack_from(body, 40) == expected
     assert struct.unpack("<QIi", body[128:]) == (1070, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, 2070)
     record = (found.request, found.folder, found.ino, found.fh, found.mode, found.uid, found.gid, found.backing_id, found.name)
     assert record == (8, FOLDER, 70, 1070, 0o100644, 11, 12, 2070, b"block")
-    assert os.fstat(maker.files[70]).st_mtime_ns == found.time_ns
     maker.ask(GETATTR, bytes(16))  # the folder has changed at that time
     folder = ATTRIBUTES.unpack_from(maker.answered()[2], 16)
     assert (folder[4], folder[5], folder[7], folder[8]) == (s, s, ns, ns)

@@ -1,9 +1,13 @@
 """Memory tiers as users meet them: stores that were copied, and mounted at once or in turn, also after a crash."""
 
+import fcntl
 import json
+import mmap
 import os
 import shutil
+import subprocess
 import time
+from functools import partial
 
 import pytest
 from conftest import MODES, Mount, cascadefs, need_root_and_fuse
@@ -72,7 +76,8 @@ def test_a_copy_can_be_told_to_be_a_store_of_its_own(two):
 
 def empty(mount):
     for name in os.listdir(mount.memory):
-        shutil.rmtree(mount.memory / name)
+        while (mount.memory / name).exists():  # new files come meanwhile
+            shutil.rmtree(mount.memory / name, ignore_errors=True)
 
 
 def test_a_tier_that_somebody_empties_is_noticed_and_made_anew(mount):
@@ -97,6 +102,68 @@ def test_a_tier_that_somebody_empties_is_noticed_and_made_anew(mount):
     assert (mount.path / "after").read_text() == "goes on"
     mount.stop()
     assert {path.name for path in mount.start().path.iterdir()} - {"closed"} == {"after", "durable", "next", "open"}
+
+
+def umount(mount):
+    subprocess.run(["umount", "-l", mount.memory], check=True)
+
+
+@pytest.mark.parametrize("emptied", [empty, umount])
+def test_what_is_open_then_outlives_the_worker_too(mount, emptied):
+    """Written before and after, by descriptor and mapping; synced, closed, and still open when it dies, and dies again."""
+    mount.start("--seal", "flush")
+    make = partial(open, mode="w+b", buffering=0)
+    files = {name: make(mount.path / name) for name in ("synced", "closed", "open", "mapped")}
+    expected = dict.fromkeys(files, b"before, " * 1000)
+    for name, file in files.items():
+        file.write(expected[name])
+    emptied(mount)
+    wait_until(lambda: mount.status()["memory_notes"] or (mount.memory / "staged").exists())
+    (mount.path / "notice").write_bytes(b"x" * 1000)
+    mount.flush()
+    for turn in range(2):
+        for name, file in files.items():
+            if not file.closed and name != "mapped":
+                file.write(b"after, " * 1000)
+                expected[name] += b"after, " * 1000
+        with mmap.mmap(files["mapped"].fileno(), len(expected["mapped"])) as area:
+            area[turn] = ord("M")
+        expected["mapped"] = b"M" * (turn + 1) + expected["mapped"][turn + 1 :]
+        os.fsync(files["synced"].fileno())
+        files["closed"].close()
+        before = mount.kill_worker()
+        wait_until(lambda before=before: mount.status()["worker_pid"] != before)
+        assert {name: (mount.path / name).read_bytes() for name in files} == expected
+    other = os.open(mount.memory, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+    done = cascadefs("upgrade", mount.path)
+    assert done.returncode == 0, done.stderr
+    assert {name: (mount.path / name).read_bytes() for name in files} == expected
+    for file in files.values():
+        file.close()
+    mount.flush()
+    mount.kill()
+    mount.start()
+    assert {name: (mount.path / name).read_bytes() for name in files} == expected
+
+
+@pytest.mark.parametrize("emptied", [empty, umount])
+def test_the_keeper_has_the_lock_of_the_new_tier(one_mode, emptied):
+    """Whoever asks while there is no worker finds it taken."""
+    one_mode.start()
+    emptied(one_mode)
+    (one_mode.path / "notice").write_bytes(b"x" * 1000)
+    one_mode.flush()
+    status = one_mode.status()
+    folder = os.stat(one_mode.memory)
+
+    def is_held():
+        held = (os.stat(f"/proc/{status['keeper_pid']}/fd/{fd}") for fd in os.listdir(f"/proc/{status['keeper_pid']}/fd"))
+        return any(os.path.samestat(folder, found) for found in held)
+
+    wait_until(is_held)
 
 
 def wait_until(holds):

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ class Claim:
         self._place = (here.st_dev, here.st_ino)
         self.memory = read_memory(store)
         self.lock_fd = -1
+        self.locked: Callable[[int], None] = nobody_else  # who holds the lock beside us hears of another one
         self.is_copy = self.memory is not None and (self.memory.device, self.memory.inode) != self._place
         self._found = tier_of(store, shm_dir, store_id)
         self._token = secrets.token_hex(16)
@@ -275,6 +276,7 @@ class Claim:
         if found is None:
             raise StoreError(f"the memory tier {folder} is about to be dropped by another process; mount again")
         self.lock_fd = found
+        self.locked(found)
 
     def leave(self, folder: Path, is_durable: bool, until: float) -> None:
         """The store is closed and its memory stays. A full tmpfs may refuse: then it says what it said."""
@@ -288,6 +290,10 @@ class Claim:
         if self.lock_fd >= 0:
             os.close(self.lock_fd)
             self.lock_fd = -1
+
+
+def nobody_else(lock_fd: int) -> None:
+    """Without a mount."""
 
 
 def is_empty(folder: Path) -> bool:
