@@ -123,6 +123,9 @@ class Patches:
         except OSError as e:
             log.warning("inode %d: what changed could not be kept as a patch: %s", ino, e)
             done = None
+        except BaseException:
+            kept.base = None  # what was taken from the tracker is in no patch
+            raise
         finally:
             os.close(fd)
         if done is not None and self._believed(ino, live, kept) is not None:
