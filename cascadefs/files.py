@@ -201,14 +201,13 @@ class Files:
         if self._is_unused(ino):
             self._leave_if_orphan(ino)
 
-    def forget_all_gone(self, inos: set[int]) -> None:
-        """The same of many that are not among `lookups`. The kernel forgets a hundred thousand at once: nothing is done for
-        each, and one question tells the few without a name."""
+    def forget_all_gone(self, inos: set[int]) -> bool:
+        """The same of many that are not among `lookups`; whether some have a name yet. The kernel forgets a hundred thousand at
+        once: nothing is done for each, and one question tells the few without a name."""
         unused = inos - {ino for ino in self.live.keys() & inos if not self._is_unused(ino)}
-        if len(unused) > FEW:
-            unused &= set(self.namespace.orphans())
-        for ino in unused:
-            self._leave_if_orphan(ino)
+        orphans = unused & set(self.namespace.orphans()) if len(unused) > FEW else unused
+        left = [ino for ino in orphans if self._leave_if_orphan(ino)]
+        return len(left) < len(unused)
 
     def _is_unused(self, ino: int) -> bool:
         """Whether neither a handle nor the kernel's memory holds the inode; then its running state goes."""
@@ -219,12 +218,13 @@ class Files:
             del self.live[ino]
         return ino not in self.lookups
 
-    def _leave_if_orphan(self, ino: int) -> None:
+    def _leave_if_orphan(self, ino: int) -> bool:
         inode = self.namespace.find(ino)
         if inode is not None and inode.nlink == 0:
             self.leftover.add(ino)
             if not self.database.connection.in_transaction:
                 self._delete_now([inode])
+        return inode is None or inode.nlink == 0
 
     def delete_leftover(self) -> None:
         """Delete what has neither name nor user; what the medium refuses now is tried again by the mover."""

@@ -5,7 +5,7 @@
 
 from cython_ext.event_queue cimport keep_forgets
 from cython_ext.fuse_abi cimport *
-from cython_ext.listing_queue cimport listings_put
+from cython_ext.listing_queue cimport listings_note, listings_put
 from cython_ext.message_io cimport asks_for_capability
 from cython_ext.name_table cimport is_absent
 from cython_ext.own_answers cimport (
@@ -51,6 +51,7 @@ cdef inline bint files_answered(
     cdef fuse_attr_out found
     cdef fuse_open_out opened
     cdef fuse_lseek_out sought
+    listings_note(&known.listings, head.opcode)
     if not capabilities and asks_for_capability(message, size):
         code[0] = answer(wire, head.unique, ENODATA, NULL, 0)
     elif head.opcode == FUSE_GETATTR and attributes_of(known, head.nodeid, &found):

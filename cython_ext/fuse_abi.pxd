@@ -49,6 +49,7 @@ cdef enum:
 cdef enum:  # fuse_open_out.open_flags
     OPEN_DIRECT_IO = 1 << 0
     OPEN_KEEP_CACHE = 1 << 1
+    OPEN_CACHE_DIR = 1 << 3
     OPEN_NONSEEKABLE = 1 << 2
     OPEN_NOFLUSH = 1 << 5
     OPEN_PARALLEL_DIRECT_WRITES = 1 << 6

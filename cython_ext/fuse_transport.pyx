@@ -25,7 +25,7 @@ from cython_ext.handle_table cimport (
     Handle, close_backing, edit_open, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.init_reply cimport edit_init
 from cython_ext.kept_writes cimport taken_write
-from cython_ext.listing_queue cimport Listing, listings_take
+from cython_ext.listing_queue cimport Listing, listings_keep, listings_take
 from cython_ext.message_io cimport (
     MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, await_ready, count,
     is_told_once, least_bytes, recv)
@@ -79,7 +79,7 @@ cdef int check(int code) except -1:
 
 cdef class Transport:
     cdef Wire wire
-    cdef size_t message_max
+    cdef size_t message_max, init_size
     cdef uint8_t *reply_buffer
     cdef bint passthrough_wanted, passthrough_agreed, splicing, whole_writes
     cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
@@ -90,7 +90,6 @@ cdef class Transport:
     cdef Doorbell bell
     cdef uint8_t[::1] event_memory, ring_memory  # kept alive
     cdef uint8_t init_message[INIT_MAX]
-    cdef size_t init_size
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, bint splicing = False, uint8_t[::1] events = None,
                   uint8_t[::1] ring = None, bint whole_writes = True, size_t max_message_bytes = (1 << 20) + (1 << 16)):
@@ -398,6 +397,10 @@ cdef class Transport:
         with nogil:
             failed = answer(&self.wire, unique, code, NULL, 0) if code else send_body(&self.wire, unique, &entries[0] if size else NULL, size)
         return not failed
+
+    def keep_listing(self, uint64_t folder=0):
+        """The kernel has all of that folder, with attributes, and may keep it; 0: it has forgotten some, of whatever folders."""
+        listings_keep(&self.known.listings, folder)
 
     @property
     def negotiated_passthrough(self):

@@ -13,7 +13,7 @@ from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
     Handle, HandleTable, edit_open, handles_borrow, handles_free, handles_init, handles_return)
 from cython_ext.kept_writes cimport KeptWrites, kept_free, kept_init
-from cython_ext.listing_queue cimport ListingQueue, listings_free, listings_init, listings_open
+from cython_ext.listing_queue cimport ListingQueue, listing_flags, listings_free, listings_init, listings_open
 from cython_ext.name_ring cimport (
     NamePool, NameRecord, Spare, answer_create, change_pending, read_create, read_rename, read_unlink, ring_free, ring_give,
     ring_init, ring_move, ring_remove, unknown_removals_pending)
@@ -203,7 +203,7 @@ cdef inline bint open_folder(Known *known, const fuse_in_header *head, fuse_open
         return False
     answer.fh, answer.open_flags, answer.backing_id = 0, 0, 0
     if head.opcode == FUSE_OPENDIR:
-        answer.fh = listings_open(&known.listings)
+        answer.fh, answer.open_flags = listings_open(&known.listings), listing_flags(&known.listings, head.nodeid)
     return True
 
 

@@ -163,5 +163,5 @@ class Answered:
                 lookups[ino] = left
             else:
                 unknown.add(ino)
-        if unknown:
-            self.files.forget_all_gone(unknown)
+        if unknown and self.files.forget_all_gone(unknown):
+            self.transport.keep_listing()  # it may have kept a listing, and would ask for each name

@@ -7,6 +7,8 @@ instead. Invariants:
 dots are not. (3) What was made ahead is used only if no row has changed since. Staged files change without us: they are looked
 at when the answer is sent. (4) A listing tells each name once that was there when it began (or began again: rewinddir), is
 there still and kept its place (namespace.py); and it ends, whatever comes meanwhile. A new worker takes a new bound.
+(5) The kernel keeps what it was told and answers the next listing by itself, as long as no name comes or goes. It is let do so
+(`keep_listing`) when it was told everything, with attributes that hold: else a stat of each name would ask us.
 """
 
 import logging
@@ -69,6 +71,24 @@ class Bounds:
         return position == 0 or handle not in self._last
 
 
+class Wholes:
+    """How far each listing has come without a gap and without attributes that hold for moments only."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, int] = {}
+
+    def told(self, handle: int, position: int, part: Part, is_end: bool) -> bool:
+        """Whether everything was told with this."""
+        expected = self._at.pop(handle, listing.DOTS)
+        if part.staged or (position and expected != max(position, listing.DOTS)):
+            return False
+        if not is_end:
+            self._at[handle] = part.end or listing.DOTS
+            while len(self._at) > BOUNDS_MAX:
+                del self._at[next(iter(self._at))]
+        return is_end
+
+
 class Listings:
     """Those of one mount."""
 
@@ -78,7 +98,7 @@ class Listings:
         self.is_possible = store.database.has_function(listing.FUNCTION)
         residency = store.residency
         self._staged = os.fsencode(residency.memory.staged_folder), os.fsencode(residency.parking.staged_folder)
-        self.bounds = Bounds(self.names.last_entry)
+        self.bounds, self._wholes = Bounds(self.names.last_entry), Wholes()
         self._mapped = answered.handles.mappings
         self._ahead: dict[Place, Part] = {}  # in the order they were made
 
@@ -109,6 +129,8 @@ class Listings:
             mapped = self._mapped.among(part.inodes) if part.staged else frozenset()
             entries = listing.renewed(part.entries, *self._staged, mapped) if part.staged else part.entries
             self._tell(request, part.inodes, dots + entries if dots else entries)
+            if self._wholes.told(handle, position, part, is_end=not dots and not entries):
+                self.transport.keep_listing(folder)
         except Exception as e:
             self.transport.answer_listing(request, b"", errno_of("readdirplus", e))
             return None

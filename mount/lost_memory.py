@@ -27,6 +27,7 @@ def attach(store: Store, answered: Answered) -> None:
 
     def fell_back(ino: int, names: list[tuple[int, bytes]]) -> None:
         answered.transport.drop_attributes(ino)
+        answered.transport.keep_listing()  # names go without the kernel's doing
         trio.lowlevel.spawn_system_task(trio.to_thread.run_sync, _forget, ino, names)
 
     store.loss.before, store.loss.fell_back = let_go, fell_back

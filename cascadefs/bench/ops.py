@@ -28,6 +28,7 @@ METHOD = (
     "create: open(O_CREAT|O_EXCL) and close of empty files, one after the other; unlink: of the same files.",
     "list + stat: os.scandir and DirEntry.stat of every name. The first time with what the kernel knows of the names from their"
     " creation, the second after it was told to forget (drop_caches, root only): then the filesystem is asked.",
+    "list: os.listdir, again after the first of those, and once more when the kernel has forgotten everything.",
     "One run, all places one after the other, the order rotating with the repeat; medians over the repeats.",
 )
 
@@ -48,6 +49,11 @@ FULL, QUICK, WARM_UP = Counts(), Counts(200, 20, 200, 500), Counts(20, 2, 20, 20
 def listed_name(count: int, forgotten: bool) -> str:
     """The row of a listing."""
     return f"list + stat {count:,} names" + (", forgotten before" if forgotten else "")
+
+
+def names_name(count: int, forgotten: bool) -> str:
+    """The row of a listing that looks at nothing."""
+    return f"list {count:,} names" + (", forgotten before" if forgotten else " again")
 
 
 class Statx:
@@ -102,15 +108,21 @@ def list_all(folder: Path) -> float:
     return count / (time.perf_counter() - start)
 
 
+def list_names(folder: Path) -> float:
+    """Names per second of a listing that looks at none."""
+    start = time.perf_counter()
+    return len(os.listdir(folder)) / (time.perf_counter() - start)
+
+
 def _listing(count: int, forget: bool, place: Place, kit: Kit) -> Figures:
     with io.scratch(place) as folder:
         for i in range(count):
             io.make_empty(f"{folder}/{i:06d}")
         place.settle()
-        figures = {listed_name(count, False): list_all(folder)}
-        if forget:
+        figures = {listed_name(count, False): list_all(folder), names_name(count, False): list_names(folder)}
+        for row, measured in ((listed_name, list_all), (names_name, list_names)) if forget else ():
             DROP_CACHES.write_text("2")
-            figures[listed_name(count, True)] = list_all(folder)
+            figures[row(count, True)] = measured(folder)
     place.settle()
     return figures
 
@@ -129,7 +141,7 @@ def measures(counts: Counts) -> list[Measure]:
 def listings(counts: Counts) -> list[Measure]:
     """The listing: it takes minutes, nearly all of them to make the files."""
     forget = os.access(DROP_CACHES, os.W_OK)
-    names = [listed_name(counts.listed, False), *([listed_name(counts.listed, True)] if forget else [])]
+    names = [row(counts.listed, forgotten) for forgotten in (False, True)[: 1 + forget] for row in (listed_name, names_name)]
     return [Measure(dict.fromkeys(names, io.PER_S), partial(_listing, counts.listed, forget))]
 
 
@@ -145,6 +157,7 @@ def goals(counts: Counts) -> list[Goal]:
         Goal(io.UNLINK, 15_000),
         Goal(listed_name(counts.listed, False), 200_000),
         Goal(listed_name(counts.listed, True), 200_000),
+        Goal(names_name(counts.listed, False), 1_000_000),
     ]
 
 
