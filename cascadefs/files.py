@@ -34,7 +34,7 @@ from cascadefs.owners import Owners
 from cascadefs.read_ahead import ReadAhead
 from cascadefs.residency import NO_ROOM, Residency
 from cascadefs.types import Home, Inode, Location, Object
-from cascadefs.written import Blind, Tracker
+from cascadefs.written import Blind, Kept, Tracker
 
 FEW = 256  # orphans may be many when files are removed: so many inodes are asked about one by one before all orphans are read
 DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
@@ -118,6 +118,7 @@ class Files:
             if writable or truncate:
                 self.unchanged.discard(ino)
             inode = self.namespace.get(ino)
+            is_durable = not inode.home and inode.oid == inode.durable_oid
             if not inode.home and (writable or truncate):
                 await self._stage(live, inode, 0 if truncate else None)
                 inode = self.namespace.get(ino)
@@ -128,6 +129,8 @@ class Files:
             handle = live.enter(source, writable, True if by_us else None)
             if writable:
                 self._look_for_gaps(ino)
+            if writable and is_durable and not truncate and inode.durable_oid and self.tracker.begin(ino):
+                live.kept = Kept(inode.durable_oid, inode.size, inode.mtime_ns, is_seen=True)
             return handle
         finally:
             live.lock.release()

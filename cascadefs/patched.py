@@ -42,7 +42,7 @@ def bring_back(files: Files, inode: Inode) -> bool:
                 files.residency.tier_of(home).drop_staged(inode.ino)
         else:
             files.index.set_content(inode.ino, home, None, last.size_bytes)
-            files.namespace.update(inode.ino, mtime_ns=last.mtime_ns, ctime_ns=last.ctime_ns)
+            files.namespace.update(inode.ino, mtime_ns=last.mtime_ns, ctime_ns=max(inode.ctime_ns, last.ctime_ns))
             files.to_seal[inode.ino] = 0.0
             return True
     return False

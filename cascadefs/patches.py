@@ -58,6 +58,7 @@ class _Done:
 
     is_written: bool
     size_bytes: int
+    mtime_ns: int
     pages: bytearray | None
 
 
@@ -98,7 +99,7 @@ class Patches:
     def _trust(self, kept: Kept, inode: Inode) -> None:
         """What the inode falls back to is its content as it was when the sync began, or later."""
         if inode.home and inode.durable_oid:
-            kept.base = inode.durable_oid
+            kept.base, kept.mtime_ns = inode.durable_oid, inode.mtime_ns
             kept.size_bytes = self._index.object(inode.durable_oid).size_bytes
 
     def _believed(self, ino: int, live: Live, kept: Kept) -> Inode | None:
@@ -157,7 +158,7 @@ class Patches:
         if done.is_written and kept.log is None:
             self._index.add_log(ino, target.header.number)
             kept.log = target
-        kept.size_bytes, kept.prints = done.size_bytes, done.pages
+        kept.size_bytes, kept.mtime_ns, kept.prints = done.size_bytes, done.mtime_ns, done.pages
         live.syncs += 1
 
     async def remove_stale(self, synced: int, has_news_of: Callable[[int], bool]) -> None:
@@ -181,12 +182,13 @@ class Patches:
             if state.st_blocks * 512 < task.size_bytes or kept.prints is None:
                 return None  # a mapping would fill its holes
             ranges = self._changed(task.fd, task.size_bytes, kept.prints)
-        if not ranges and task.size_bytes == kept.size_bytes:
-            return _Done(False, task.size_bytes, kept.prints)
+        mtime_ns = state.st_mtime_ns
+        if not ranges and (task.size_bytes, mtime_ns) == (kept.size_bytes, kept.mtime_ns):
+            return _Done(False, task.size_bytes, mtime_ns, kept.prints)
         used = patch_bytes(sum(length for _, length in ranges) + RANGE_BYTES * len(ranges))
         if used > PATCH_BYTES or target.end + used > max(LOG_BYTES, task.size_bytes):
             return None
-        times = state.st_mtime_ns, changed_ns(task.inode, state.st_mtime_ns)
+        times = mtime_ns, changed_ns(task.inode, mtime_ns)
         buffer = self._buffers.take(max(MIB, used))
         try:
             target.pack(buffer, PatchHeader(b"", 0, 0, task.size_bytes, *times, 0, 0), ranges, task.fd)
@@ -196,7 +198,7 @@ class Patches:
             target.append(buffer, used)
         finally:
             self._buffers.give(buffer)
-        return _Done(True, task.size_bytes, pages)
+        return _Done(True, task.size_bytes, mtime_ns, pages)
 
     def _changed(self, fd: int, size_bytes: int, prints: bytearray) -> list[Range]:
         """Pages that are not as they were. A second processor takes half of what is much."""

@@ -49,10 +49,12 @@ class Blind:
 
 @dataclass(eq=False, slots=True)
 class Kept:
-    """Of one inode. `base`: the durable object, None: not known; `size_bytes`: of the durable version, patches included."""
+    """Of one inode. `base`: the durable object, None: not known; `size_bytes` and `mtime_ns`: of the durable
+    version, patches included."""
 
     base: int | None = None
     size_bytes: int = 0
+    mtime_ns: int = 0
     log: PatchLog | None = None
     is_seen: bool = False  # by a tracker
     wants_prints: bool = False

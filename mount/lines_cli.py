@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cascadefs.bench import cold, fresh, growth, hashing, io, lines, ops, portable, report, round_trip, targets
+from cascadefs.bench import cold, fresh, growth, hashing, io, lines, ops, portable, report, round_trip, syncs, targets
 from cascadefs.bench.io import MIB, Measure, Samples
 from cascadefs.bench.lines import Goal
 from cascadefs.bench.targets import CASCADE, DISK, EXAMPLE, HUGE, PORTABLE, UNHASHED
@@ -123,7 +123,7 @@ def _run(plan: Plan, quick: bool, repeats: int | None, json_path: Path | None, s
 @click.command("ops")
 @repeated
 @click.option("--names", type=click.IntRange(10), help=f"Names to list [{ops.FULL.listed:,}; --quick {ops.QUICK.listed}].")
-@click.option("--fresh", "only_fresh", is_flag=True, help="Instead: files just written beside settled ones; names in vain.")
+@click.option("--fresh", "only_fresh", is_flag=True, help="Instead: files just written; names in vain; small fsyncs.")
 def bench_ops(
     json_path: Path | None, store: Path | None, quick: bool, repeats: int | None, names: int | None, only_fresh: bool
 ) -> None:
@@ -133,14 +133,16 @@ def bench_ops(
     each place for the listing; --names makes that shorter. --fresh takes half a minute.
     """
     if only_fresh:
+        given = fresh.QUICK if quick else fresh.FULL
         plan = Plan(
-            (DISK, CASCADE), fresh.measures(fresh.WARM_UP), fresh.measures(fresh.QUICK if quick else fresh.FULL), [],
-            fresh.goals(), fresh.METHOD, fresh.SHM_BYTES, fresh.BALLAST_BYTES,
+            (DISK, CASCADE), [*fresh.measures(fresh.WARM_UP), *syncs.measures(syncs.WARM_UP)],
+            [*fresh.measures(given), *syncs.measures(syncs.QUICK if quick else syncs.FULL)], [],
+            [*fresh.goals(), *syncs.goals()], (*fresh.METHOD, syncs.METHOD), syncs.SHM_BYTES, fresh.BALLAST_BYTES,
         )  # fmt: skip
         _run(plan, quick, repeats, json_path, store)
         return
-    given = ops.QUICK if quick else ops.FULL
-    counts = ops.Counts(given.single, given.objects, given.created, names or given.listed)
+    counts = ops.QUICK if quick else ops.FULL
+    counts = replace(counts, listed=names or counts.listed)
     plan = Plan(
         (HUGE, CASCADE, EXAMPLE), ops.measures(ops.WARM_UP), ops.measures(counts), ops.listings(counts), ops.goals(counts),
         ops.METHOD, 256 * MIB, QUICK_BALLAST_BYTES if quick else ops.BALLAST_BYTES,

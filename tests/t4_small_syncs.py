@@ -338,3 +338,15 @@ async def test_fsck_tells_of_a_damaged_log(slow_seal):
     wipe_memory(slow_seal)
     async with opened(slow_seal) as store:
         assert await store.get("f") != wanted  # an older version, and the log says so
+
+
+async def test_a_time_that_was_set_is_synced_as_bytes_are(slow_seal):
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            await grown_small(store, ino)
+            store.files.set_times(ino, 5_000, 7_000)
+            await store.mover.fsync(ino)
+    wipe_memory(slow_seal)
+    async with opened(slow_seal) as store:
+        found = store.files.attributes(ino)
+        assert (found.mtime_ns, found.size) == (7_000, SIZE)
