@@ -277,6 +277,11 @@ class Index:
             self.logs[ino] = number
             self._database.changed.add(ino)
 
+    def drop_lost_logs(self) -> None:
+        """Of inodes that are gone: a repair of the index took them."""
+        for ino in [ino for ino in self.logs if not self._db.execute("SELECT 1 FROM inodes WHERE ino=?", (ino,)).fetchone()]:
+            self._drop_log(ino)
+
     def _drop_log(self, ino: int) -> None:
         self._db.execute("DELETE FROM patch_logs WHERE ino=?", (ino,))
         self._database.changed.add(ino)

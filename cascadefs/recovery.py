@@ -83,6 +83,7 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
     files.owners.recover(keep_orphans)
     _part_twins(files)
     with files.database.transaction():
+        files.index.drop_lost_logs()
         for ino in files.index.staged_inodes():
             _check_staged(files, files.namespace.get(ino), result)
         for found in files.index.all_dirty():

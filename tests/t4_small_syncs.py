@@ -350,3 +350,13 @@ async def test_a_time_that_was_set_is_synced_as_bytes_are(slow_seal):
     async with opened(slow_seal) as store:
         found = store.files.attributes(ino)
         assert (found.mtime_ns, found.size) == (7_000, SIZE)
+
+
+async def test_a_log_of_an_inode_that_is_gone_goes(slow_seal):
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            await grown_small(store, ino)
+        store.index.add_log(ino + 1, 5)
+        patch_log.path_of(slow_seal.store / patch_log.FOLDER, ino + 1, 5).write_bytes(b"left over")
+    async with opened(slow_seal) as store:
+        assert logs_of(slow_seal) == [(ino, store.index.logs[ino])] and len(store.index.logs) == 1
