@@ -121,17 +121,16 @@ class Patches:
             if task is None:
                 return False
             done = await trio.to_thread.run_sync(self._write, task)
+            if done is not None and self._believed(ino, live, kept) is not None:
+                self._keep(ino, live, kept, target, done)
+                return True
         except OSError as e:
             log.warning("inode %d: what changed could not be kept as a patch: %s", ino, e)
-            done = None
         except BaseException:
             kept.base = None  # what was taken from the tracker is in no patch
             raise
         finally:
             os.close(fd)
-        if done is not None and self._believed(ino, live, kept) is not None:
-            self._keep(ino, live, kept, target, done)
-            return True
         if kept.log is None:
             self._index.drop_file(ino, target.header.number)
         return False

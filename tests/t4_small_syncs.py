@@ -360,3 +360,25 @@ async def test_a_log_of_an_inode_that_is_gone_goes(slow_seal):
         patch_log.path_of(slow_seal.store / patch_log.FOLDER, ino + 1, 5).write_bytes(b"left over")
     async with opened(slow_seal) as store:
         assert logs_of(slow_seal) == [(ino, store.index.logs[ino])] and len(store.index.logs) == 1
+
+
+async def test_a_log_that_the_index_refuses_is_left_for_a_new_base(slow_seal, monkeypatch):
+    """What was to be in its first patch is not forgotten."""
+
+    def refuse(ino, number):
+        raise OSError(28, "No space left on device")
+
+    async with opened(slow_seal) as store:
+        with written(store, "f", os.urandom(SIZE)) as ino:
+            for _ in range(patches.AGAIN + 1):
+                await store.mover.fsync(ino)
+            monkeypatch.setattr(store.index, "add_log", refuse)
+            for at in (1000, 2 * MIB):
+                with open(path_of(store, ino), "r+b") as file:
+                    file.seek(at)
+                    file.write(b"here")
+                await store.mover.fsync(ino)
+                assert durable(store, ino)[at : at + 4] == b"here" and not store.index.logs
+            monkeypatch.undo()
+            await grown_small(store, ino)
+            assert ino in store.index.logs and durable(store, ino)[1000:1004] == b"here"
