@@ -5,14 +5,13 @@
 # LSEEK), when nobody waits for its effect (RELEASE, FORGET: Python takes them later, in one go), when Python said beforehand what
 # is so (LOOKUP of absent names, GETATTR of folders and files in use, GETXATTR of capabilities that no file has), has made a file
 # in advance (CREATE), has granted the opening of an object (OPEN), or will enter what is recorded (UNLINK, RENAME). READDIRPLUS waits for
-# Python, which answers past pyfuse3; all else is forwarded, some of it put as something else (as_others.pxd). Of answers only
-# those to INIT, OPEN and CREATE are changed.
+# Python, which answers past pyfuse3; all else is forwarded, some of it put as something else (as_others.pxd; relay.pxd).
+# Of answers only those to INIT, OPEN and CREATE are changed.
 # Invariants:
 # (1) Every request that has an answer gets exactly one: here, by answer_listing(), or from pyfuse3 after it was forwarded.
 # (2) FALLOCATE and LSEEK never get ENOSYS: the kernel would not ask again as long as the mount lives.
 # (3) A WRITE that finds no space goes to pyfuse3 untouched.
-# (4) A request is remembered before it is forwarded, so its answer finds it.
-# (5) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
+# (4) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
 from cython_ext.allocate_ahead cimport ahead_created, ahead_opened, ahead_released, ahead_stop, ahead_watch, gaps_taken
 from cython_ext.answers_here cimport files_answered, names_answered
@@ -22,13 +21,10 @@ from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_
 from cython_ext.event_queue cimport EventRing, events_count, events_done, events_taken
 from cython_ext.fuse_abi cimport *
 from cython_ext.handle_table cimport (
-    Handle, close_backing, edit_open, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
-from cython_ext.init_reply cimport edit_init
+    Handle, close_backing, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
 from cython_ext.kept_writes cimport taken_write
 from cython_ext.listing_queue cimport Listing, listings_keep, listings_take
-from cython_ext.message_io cimport (
-    MSG_DONTWAIT, MSG_TRUNC, PAGE, POLLIN, REPLY_HEAD, WRITE_HEAD, aligned_buffer, answer_is_edited, await_ready, count,
-    is_told_once, least_bytes, recv)
+from cython_ext.message_io cimport PAGE, POLLIN, WRITE_HEAD, aligned_buffer, await_ready, count, least_bytes
 from cython_ext.name_ring cimport SPARES_MAX, NameRing, allow_removals, spares_put, spares_withdraw
 from cython_ext.name_table cimport name_hash, names_add, names_remove, names_tell
 from cython_ext.open_grants cimport grants_drop, grants_put
@@ -38,13 +34,13 @@ from cython_ext.positioned_io cimport allocate_range
 from cython_ext.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
 from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
-from cython_ext.request_memory cimport (
-    REQUEST_SLOTS, RequestMemory, note_request, recall, remember, requests_free, requests_init)
+from cython_ext.relay cimport INIT_MAX, Relay, drain_replies, forward, replay_unique
+from cython_ext.request_memory cimport REQUEST_SLOTS, requests_free, requests_init
 from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KEPT, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
 from cython_ext.written_ranges cimport Written, written_begin, written_end, written_lose, written_note, written_take
-from cython_ext.wire cimport Wire, answer, make_release, refuse, send_answer, send_body, send_request, to_device, told
-from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, EMSGSIZE, ENOBUFS, ENODEV, ENOENT, ENOMEM, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from cython_ext.wire cimport Wire, answer, refuse, send_body, told
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, ENODEV, ENOENT, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 from posix.unistd cimport read
@@ -56,9 +52,6 @@ from cascadefs.ext.opcodes import OPCODE_NAMES
 cdef enum:
     MIN_MESSAGE = 8192  # FUSE_MIN_READ_BUFFER
     MAX_MESSAGE = 64 << 20
-    INIT_MAX = 256
-
-cdef uint64_t REPLAY = (<uint64_t>1 << 62) | 1  # the unique number of our own INIT: the kernel's are even
 
 EVENT_RING_BYTES = sizeof(EventRing)
 NAME_RING_BYTES = sizeof(NameRing)
@@ -79,17 +72,14 @@ cdef int check(int code) except -1:
 
 cdef class Transport:
     cdef Wire wire
-    cdef size_t message_max, init_size
     cdef uint8_t *reply_buffer
-    cdef bint passthrough_wanted, passthrough_agreed, splicing, whole_writes
-    cdef bint ready  # INIT was answered: to the kernel, or, after replay_init(), here
+    cdef Relay relay
+    cdef bint splicing, whole_writes
     cdef bint made, capabilities  # the latter: whether any file may have the xattr security.capability
     cdef Known known
     cdef ReaderThreads readers
-    cdef RequestMemory requests
     cdef Doorbell bell
     cdef uint8_t[::1] event_memory, ring_memory  # kept alive
-    cdef uint8_t init_message[INIT_MAX]
 
     def __cinit__(self, int device_fd, int socket_fd, *, bint passthrough, bint splicing = False, uint8_t[::1] events = None,
                   uint8_t[::1] ring = None, bint whole_writes = True, size_t max_message_bytes = (1 << 20) + (1 << 16)):
@@ -100,7 +90,7 @@ cdef class Transport:
         if not MIN_MESSAGE <= max_message_bytes <= MAX_MESSAGE:
             raise ValueError(f"max_message_bytes must be between {MIN_MESSAGE} and {MAX_MESSAGE}")
         self.wire.device_fd, self.wire.socket_fd = device_fd, socket_fd
-        self.message_max, self.passthrough_wanted, self.splicing = max_message_bytes, passthrough, splicing
+        self.relay.message_max, self.relay.passthrough_wanted, self.splicing = max_message_bytes, passthrough, splicing
         self.whole_writes, self.reply_buffer = whole_writes, aligned_buffer(max_message_bytes)
         self.event_memory = bytearray(sizeof(EventRing)) if events is None else events
         self.ring_memory = ring
@@ -111,14 +101,14 @@ cdef class Transport:
         if known_init(&self.known, &self.event_memory[0], &ring[0] if ring is not None else NULL):
             raise MemoryError()
         self.made = True
-        if bell_init(&self.bell) or requests_init(&self.requests):
+        if bell_init(&self.bell) or requests_init(&self.relay.requests):
             raise MemoryError()
         pthread_mutex_init(&self.readers.mutex, NULL)
         self.capabilities = True
 
     def __dealloc__(self):
         free(self.reply_buffer)
-        requests_free(&self.requests)
+        requests_free(&self.relay.requests)
         if self.made:
             known_free(&self.known)
             bell_free(&self.bell)
@@ -132,7 +122,7 @@ cdef class Transport:
         OSError when the device or the socket fails. The request at hand then has no answer: the kernel sends it again
         to the next owner of the device (FUSE_NOTIFY_RESEND), or ends it when the last one closes the device.
         """
-        cdef uint8_t *buffer = aligned_buffer(self.message_max)
+        cdef uint8_t *buffer = aligned_buffer(self.relay.message_max)
         cdef ReaderThread *reader = readers_enter(&self.readers)
         cdef PagePipe pipe
         cdef int code = EAGAIN
@@ -150,7 +140,7 @@ cdef class Transport:
         for one. Called in the thread that pyfuse3 runs in: a thread of its own would cost each answer a wake-up."""
         cdef int code
         with nogil:
-            code = self.drain_replies(self.reply_buffer)
+            code = drain_replies(&self.relay, &self.wire, &self.known, self.reply_buffer)
         if code == ECONNRESET:
             return False
         check(code)
@@ -208,7 +198,7 @@ cdef class Transport:
 
     def watch(self, uint64_t ino, uint64_t fh, uint64_t new_in = 0, int fd = -1):
         """Watch a file that is open for writing by a handle that was set. `new_in`: its folder, if it was just made, as `fd`."""
-        cdef bint foreign = self.passthrough_agreed and self.known.ahead.any_foreign
+        cdef bint foreign = self.relay.passthrough_agreed and self.known.ahead.any_foreign
         with nogil:
             if new_in:
                 ahead_created(&self.known.ahead, new_in, foreign, ino, fh, fd)
@@ -275,23 +265,23 @@ cdef class Transport:
         if not least_bytes(FUSE_INIT) <= size <= INIT_MAX:
             raise ValueError("not an INIT request")
         memcpy(copy, &message[0], size)
-        (<fuse_in_header *>copy).unique = REPLAY
-        check(self.forward(copy, size, EIO))
+        (<fuse_in_header *>copy).unique = replay_unique()
+        check(forward(&self.relay, &self.wire, copy, size, EIO))
 
     @property
     def is_ready(self):
         """Whether INIT was answered, the kernel's or that of replay_init(): other requests are served from here on."""
-        return self.ready
+        return self.relay.ready
 
     @property
     def init_request(self):
         """The kernel's INIT; empty before it came."""
-        return bytes(self.init_message[:self.init_size])
+        return bytes(self.relay.init_message[:self.relay.init_size])
 
     def request_of(self, uint32_t token):
         """The unique number of a request that `is_told_once`, by what its handler finds where the caller's pid would be.
         The highest bit is set when it was sent again."""
-        return self.requests.uniques[token % REQUEST_SLOTS]
+        return self.relay.requests.uniques[token % REQUEST_SLOTS]
 
     def allocate(self, int fd, int mode, int64_t offset, int64_t length):
         """fallocate(2), with what the transport adds to it. Not for the thread of trio: it may take a while."""
@@ -309,7 +299,7 @@ cdef class Transport:
 
     def pid_of(self, uint32_t token):
         """The caller's pid, which was there."""
-        return self.requests.pids[token % REQUEST_SLOTS]
+        return self.relay.requests.pids[token % REQUEST_SLOTS]
 
     def events_done(self):
         """All that take_events() gave so far has had its effect."""
@@ -405,7 +395,7 @@ cdef class Transport:
     @property
     def negotiated_passthrough(self):
         """Whether the kernel offered passthrough and was told to use it."""
-        return self.passthrough_agreed
+        return self.relay.passthrough_agreed
 
     def counts(self):
         """Requests by opcode (those that came), bytes served here, what became of the messages, handles known now."""
@@ -421,11 +411,11 @@ cdef class Transport:
         cdef int core, code = 0
         memset(&follow, 0, sizeof(follow))
         while not code and reader_may_read(&self.readers, reader):
-            got = read(self.wire.device_fd, message, self.message_max)
+            got = read(self.wire.device_fd, message, self.relay.message_max)
             reader_works(reader)
             if got > 0:
                 core = -1
-                if self.passthrough_agreed:  # else it moves whole contents, and is one of several
+                if self.relay.passthrough_agreed:  # else it moves whole contents, and is one of several
                     core = core_to_follow(&follow, (<fuse_in_header *>message).pid)
                 code = self.take_request(message, <size_t>got, pipe)
                 move_to(&follow, core)
@@ -451,81 +441,14 @@ cdef class Transport:
         if head.len != size or size < least_bytes(head.opcode):
             count(&self.wire.counters.malformed, 1)
             return refuse(&self.wire, head, EINVAL)
-        if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.message_max):
+        if head.opcode == FUSE_READ and read_served(&self.known.handles, &self.wire, pipe, message, self.relay.message_max):
             return 0
         if head.opcode == FUSE_WRITE:
             code = write_served(&self.known.handles, &self.known.written, &self.wire, &self.known.kept, message, self.whole_writes, &size)
-            return self.forward(message, size, code) if code else 0
-        if names_answered(&self.known, &self.wire, message, size, self.passthrough_agreed, &code):
+            return forward(&self.relay, &self.wire, message, size, code) if code else 0
+        if names_answered(&self.known, &self.wire, message, size, self.relay.passthrough_agreed, &code):
             return code
         if files_answered(&self.known, &self.wire, message, size, self.capabilities, &code):
             return code
         put_as_other(message)
-        return self.forward(message, head.len, EIO)
-
-    cdef int forward(self, uint8_t *message, size_t size, int refusal) noexcept nogil:
-        """Hand a request to pyfuse3. When it does not fit the socket it is answered with `refusal` instead."""
-        cdef fuse_in_header *head = <fuse_in_header *>message
-        cdef bint remembered = answer_is_edited(head.opcode)
-        cdef int code
-        if is_told_once(head.opcode):
-            note_request(&self.requests, head)
-        if head.opcode == FUSE_INIT:
-            self.init_size = min(size, <size_t>INIT_MAX)
-            memcpy(self.init_message, message, self.init_size)
-        if remembered and not remember(&self.requests, head.unique, head.opcode):
-            return refuse(&self.wire, head, ENOMEM)
-        code = send_request(&self.wire, message, size)
-        if not code:
-            count(&self.wire.counters.forwarded, 1)
-            return 0
-        if remembered:
-            recall(&self.requests, head.unique)
-        return refuse(&self.wire, head, refusal) if code in (EMSGSIZE, ENOBUFS, ENOMEM) else code
-
-    # --- answers: here or pyfuse3 -> kernel ----------------------------------------------------------------------
-
-    cdef int drain_replies(self, uint8_t *message) noexcept nogil:
-        """0 when there is none left, ECONNRESET at the end, else an errno."""
-        cdef ssize_t got
-        while True:
-            got = recv(self.wire.socket_fd, message, self.message_max, MSG_TRUNC | MSG_DONTWAIT)  # the full length, even if cut
-            if got > 0:
-                self.take_reply(message, <size_t>got)
-            elif got == 0:
-                return ECONNRESET
-            elif errno == EAGAIN:
-                return 0
-            elif errno != EINTR:
-                return errno
-
-    cdef void take_reply(self, uint8_t *message, size_t size) noexcept nogil:
-        cdef fuse_out_header *head = <fuse_out_header *>message
-        cdef const fuse_init_in *offered = <const fuse_init_in *>(self.init_message + sizeof(fuse_in_header))
-        cdef fuse_open_out *opened = NULL
-        cdef uint32_t opcode
-        cdef int code
-        if size < REPLY_HEAD:
-            count(&self.wire.counters.malformed, 1)
-            return
-        opcode = recall(&self.requests, head.unique)
-        if size > self.message_max or head.len != size:
-            count(&self.wire.counters.malformed, 1)
-            answer(&self.wire, head.unique, EIO, NULL, 0)
-            return
-        if opcode == FUSE_INIT and not head.error:
-            self.passthrough_agreed = edit_init(
-                message + REPLY_HEAD, size - REPLY_HEAD, self.message_max, offered.flags, offered.flags2,
-                self.passthrough_wanted) or self.passthrough_agreed
-            if head.unique == REPLAY:
-                send_answer(&self.wire, message, REPLY_HEAD, 0, -NOTIFY_RESEND)
-            else:
-                to_device(&self.wire, message, size)
-            self.ready = True
-            return
-        elif opcode in (FUSE_OPEN, FUSE_CREATE) and size >= REPLY_HEAD + sizeof(fuse_open_out) and not head.error:
-            opened = <fuse_open_out *>(message + size - sizeof(fuse_open_out))
-            edit_open(&self.known.handles, opened)
-        code = to_device(&self.wire, message, size)
-        if code and opened != NULL:  # as in answer_open()
-            make_release(&self.wire, &self.known.events, opened.fh)
+        return forward(&self.relay, &self.wire, message, head.len, EIO)
