@@ -186,5 +186,5 @@ def test_grants_of_many_fresh_files_are_bounded(mounted):
         (mounted.path / f"{i}").write_bytes(b"%d" % i)
     worker = Path(f"/proc/{mounted.status()['worker_pid']}/fd")
     until(lambda: mounted.status()["granted_opens"] <= most)
-    assert len(list(worker.iterdir())) < most + 1000
+    until(lambda: len(list(worker.iterdir())) < most + 1000)  # what is being sealed has descriptors, too, for a while
     assert all((mounted.path / f"{i}").read_bytes() == b"%d" % i for i in range(0, most + 600, 100))
