@@ -57,7 +57,7 @@ $(VENV)/.dev: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# mount(8) and /etc/fstab look for mount.TYPE in /sbin only, whatever PREFIX is.
+# mount(8) and /etc/fstab look for mount.TYPE in /sbin only, whatever PREFIX is; of a mount that lives the TYPE is fuse.cascadefs.
 DESTDIR ?=
 PREFIX ?= /usr/local
 MOUNT_HELPERS ?= /sbin
@@ -66,10 +66,12 @@ install: build
 	@install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(MOUNT_HELPERS)"
 	@ln -sfn "$(CURDIR)/$(VENV)/bin/cascadefs" "$(DESTDIR)$(PREFIX)/bin/cascadefs"
 	@ln -sfn "$(CURDIR)/$(VENV)/bin/mount.cascadefs" "$(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs"
+	@ln -sfn mount.cascadefs "$(DESTDIR)$(MOUNT_HELPERS)/mount.fuse.cascadefs"
 	@echo "installed: $(DESTDIR)$(PREFIX)/bin/cascadefs and $(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs, which use $(CURDIR)/$(VENV)"
 
 uninstall:
-	rm -f "$(DESTDIR)$(PREFIX)/bin/cascadefs" "$(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs"
+	rm -f "$(DESTDIR)$(PREFIX)/bin/cascadefs" "$(DESTDIR)$(MOUNT_HELPERS)/mount.cascadefs" \
+	  "$(DESTDIR)$(MOUNT_HELPERS)/mount.fuse.cascadefs"
 
 test: $(VENV)/.dev | judges
 	$(PY) -m pytest

@@ -36,12 +36,13 @@ def _size(text: str) -> int:
 
 
 def absolute(text: str) -> Path:
-    """A folder as the caller means it: `~` is a home, a relative one begins in the working folder. The daemon has another."""
+    """A folder as the caller means it: `~` is a home, a relative one begins in the working folder. The daemon has another.
+    Links are followed before `..`, as the kernel does."""
     home = os.path.expanduser(text)
     if not text or home.startswith("~"):
         raise ValueError("write a folder" if not text else "that home folder is not known; write an absolute path")
     try:
-        return Path(os.path.abspath(home))
+        return Path(os.path.realpath(home))
     except FileNotFoundError:
         raise ValueError("the working folder is gone; write an absolute path") from None
 

@@ -247,6 +247,7 @@ class Database:
             private_folder(folder, follow=True)
             for name in ("store.json", "index.db", "index.db-wal", "index.db-shm", "index.sums", "cascadefs.log"):
                 check_file(folder / name)
+            self._own_files()
             path = folder / "store.json"
             self.identity = read_identity(path) if path.exists() else _make_identity(path)
             known = self._judged()
@@ -263,6 +264,18 @@ class Database:
         self.changed: set[int] = set()  # inodes that differ from what the last manifest says of them
         self.unlisted: set[int] = set()  # objects that no manifest lists yet
         self._copied_salts, self._next_checkpoint = b"", 0.0
+
+    def _own_files(self) -> None:
+        """What is written in place must not be a copy's, too, that was made by hard links. Extents: tiers/cold.py."""
+        staged = self.folder / "parking" / "staged"
+        names = [self.folder / name for name in ("index.db", "index.db-wal", "index.db-shm", "cascadefs.log")]
+        try:
+            if (self.folder / "index.db").exists() and os.lstat(self.folder / "index.db").st_nlink > 1:
+                for path in (*names, *(staged.iterdir() if staged.is_dir() else ())):
+                    media.make_own(path)
+        except OSError as e:
+            what = f"the store {self.folder} shares files with a copy (hard links), and they cannot be copied: {e.strerror}"
+            raise StoreError(f"{what}; free space, or make the copy with cp -a") from e
 
     def _judged(self) -> sums.Sums | None:
         """The sums of the pages of index.db; None: there is no sidecar yet. StoreError when something is damaged."""

@@ -1,4 +1,4 @@
-"""How many files this process may have open (RLIMIT_NOFILE), and who gets how many of them.
+"""How many files this process may have open (RLIMIT_NOFILE), and who gets how many of them; how long they may be.
 
 Owns: the shares. Opens nothing. Invariant: the last quarter of the numbers is never given to a program's file, so that
 sealing and flushing, which need descriptors to make progress, find some however many files programs have open.
@@ -26,6 +26,19 @@ def raise_limit() -> None:
     if most < MINIMUM:
         raise UserError(f"at most {most} open files are allowed here, cascadefs needs {MINIMUM}; raise it: ulimit -Hn 4096")
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def lift_file_size() -> None:
+    """Files may be as long as they will: extents, and what programs write in the portable mode, are written by this process.
+    UserError when the system does not allow it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):
+        what = f"files of at most {soft} bytes may be written here"
+        raise UserError(f"{what}; mount without that limit: ulimit -f unlimited") from None
 
 
 def share(wanted: int, part: int) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 
 import trio
 
+from cascadefs import media
 from cascadefs.crash import point
 from cascadefs.files import Files
 
@@ -18,6 +19,7 @@ class OpenExtent:
     def __init__(self, files: Files) -> None:
         self._files, self._index, self._cold = files, files.index, files.residency.cold
         self.lock = trio.Lock()
+        self._own = 0  # the extent that is known to have no other name
         self.placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
 
     async def tail(self) -> tuple[int, int]:
@@ -27,7 +29,11 @@ class OpenExtent:
             number = self._index.next_extent()
             size = await trio.to_thread.run_sync(self._cold.create, number)
             self._files.bulk.place((), number, size)
+            self._own = number
             return number, size
+        if found[0] != self._own:
+            await trio.to_thread.run_sync(media.make_own, self._cold.path(found[0]))
+            self._own = found[0]
         return found
 
     async def seal_if_full(self, number: int, end: int) -> None:

@@ -4,7 +4,7 @@
 # Invariants: (1) Interrupted and short calls are repeated: the caller sees all bytes, the end of the file, or an error.
 # (2) Errors are returned as errno (or -errno where the answer is a count); nothing else is told through errno.
 
-from libc.errno cimport EBADF, EINTR, EINVAL, EIO, ENXIO, EOPNOTSUPP, errno
+from libc.errno cimport EBADF, EFBIG, EINTR, EINVAL, EIO, ENXIO, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 
@@ -27,6 +27,15 @@ cdef extern from "<unistd.h>" nogil:
     int SEEK_HOLE
 
 
+cdef enum:
+    FILE_BITS_MAX = 41  # 2 TiB, as config.py says
+
+
+cdef inline bint too_far(int64_t offset, uint64_t length) noexcept nogil:
+    """Whether a range ends where no file may."""
+    return length > <uint64_t>1 << FILE_BITS_MAX or offset > (<int64_t>1 << FILE_BITS_MAX) - <int64_t>length
+
+
 cdef inline int64_t read_range(int fd, uint8_t *out, size_t count, int64_t offset) noexcept nogil:
     """Bytes read, fewer than `count` only at the end of the file; or -errno."""
     cdef size_t done = 0
@@ -45,6 +54,8 @@ cdef inline int64_t read_range(int fd, uint8_t *out, size_t count, int64_t offse
 cdef inline int write_range(int fd, const uint8_t *data, size_t count, int64_t offset) noexcept nogil:
     cdef size_t done = 0
     cdef ssize_t put
+    if too_far(offset, count):
+        return EFBIG
     while done < count:
         put = pwrite(fd, data + done, count - done, offset + <int64_t>done)
         if put > 0:
@@ -76,7 +87,10 @@ cdef inline int allocate_range(int fd, int mode, int64_t offset, int64_t length)
     """fallocate(2), also when `fd` is read-only."""
     cdef char path[32]
     cdef int writable_fd
-    cdef int code = allocate(fd, mode, offset, length)
+    cdef int code
+    if offset >= 0 and length > 0 and not mode & FALLOC_FL_PUNCH_HOLE and too_far(offset, <uint64_t>length):
+        return EFBIG
+    code = allocate(fd, mode, offset, length)
     if code != EBADF:
         return code
     snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)

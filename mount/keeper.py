@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from cascadefs.config import Configuration, Settings
 from cascadefs.database import claim
-from cascadefs.descriptors import raise_limit
+from cascadefs.descriptors import lift_file_size, raise_limit
 from cascadefs.errors import UserError
 from cascadefs.mount import daemon, device, lingering, table
 from cascadefs.mount.daemon import Mounting
@@ -251,6 +251,7 @@ def set_oom_score(score: int) -> None:
 def keep(wanted: Mounting, report: int | None) -> int:
     """Claim the store and keep a new mount of it; the exit code. UserError before anything is touched."""
     raise_limit()
+    lift_file_size()
     device.check_mountpoint(wanted.mountpoint)
     return Keeper(wanted, claim(wanted.configuration.settings.store), Table.make(), None, None).run(report)
 

@@ -115,7 +115,12 @@ def umount(mountpoint: Path, drop_memory: bool, force: bool, keep_memory: str | 
 
 def _leave(found: Mounted, whole: Path, before: dict[str, Any], keep_s: float | None, force: bool) -> None:
     """A mount that lives. What shows it at another path here goes on; without such a path the daemon leaves."""
-    flush_all(whole)
+    try:
+        flush_all(whole)
+    except UserError as e:
+        if not force:
+            raise
+        click.echo(f"cascadefs: {e}; it stays in memory for the next mount", err=True)
     if force:
         _tell_keep(keep_s, whole)
         _end(before)

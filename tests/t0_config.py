@@ -66,6 +66,14 @@ def test_folders_are_the_callers(tmp_path, monkeypatch):
             config.load({"store": wrong}, {}, None)
 
 
+def test_links_are_followed_before_what_comes_behind_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/deep")
+    for typed, meant in (("link", "real/deep"), ("link/../x", "real/x"), ("link/x", "real/deep/x")):
+        assert config.load({"store": typed}, {}, None).settings.store == tmp_path.resolve() / meant
+
+
 def test_a_relative_folder_without_a_working_folder_is_said(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -1,13 +1,15 @@
 """The memory tier of a store and of its copies: crashes, copies made at any time, other folders."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import memory_of, opened
+from stores import memory_of, opened, wipe_memory
 
 from cascadefs import fsck
+from cascadefs.namespace import ROOT
 from cascadefs.rebuild import rebuild
 from cascadefs.store import Store
 from cascadefs.tiers import owner
@@ -63,6 +65,26 @@ async def test_both_at_once_and_in_turn(slow_seal, copied):
             assert await get(other, "f") == b"the other" * (turn + 1)
         assert await names_in(copy) == {"f": b"the other" * (turn + 1)}
         assert await names_in(slow_seal) == {"f": b"one" * (turn + 1)}
+
+
+async def test_a_copy_by_hard_links_and_its_original_do_not_write_to_each_other(slow_seal):
+    async with opened(slow_seal) as store:
+        await store.put("kept", b"k" * 9000)
+        await store.put("gone", b"g" * 9000)
+        await store.flush()
+    copy = replace(slow_seal, store=slow_seal.store.parent / "copy")
+    shutil.copytree(slow_seal.store, copy.store, copy_function=os.link)
+    async with opened(copy) as store:
+        store.files.forget_if_gone(store.namespace.unlink(ROOT, b"gone").ino)
+        await store.put("new", b"n" * 9000)
+        await store.flush()
+        await store.mover.flush_batch(())
+    assert await names_in(slow_seal) == {"kept": b"k" * 9000, "gone": b"g" * 9000}
+    assert await names_in(copy) == {"kept": b"k" * 9000, "new": b"n" * 9000}
+    for settings in (slow_seal, copy):
+        wipe_memory(settings)
+        assert fsck.check(settings.store, settings.shm_dir, lambda *_: None)[0].findings == []
+        assert set(await names_in(settings)) == {"kept", "gone" if settings is slow_seal else "new"}
 
 
 async def test_a_store_that_was_renamed_has_its_memory(slow_seal):

@@ -96,7 +96,7 @@ def test_install_and_uninstall(tmp_path):
     need_root_and_fuse()
     root = Path(__file__).parent.parent
     make = ["make", "-s", "-C", root, f"DESTDIR={tmp_path}", "PREFIX=/opt"]
-    made = [tmp_path / "opt/bin/cascadefs", tmp_path / "sbin/mount.cascadefs"]
+    made = [tmp_path / place for place in ("opt/bin/cascadefs", "sbin/mount.cascadefs", "sbin/mount.fuse.cascadefs")]
     script = "-o build"  # what is built already is not looked at again
     subprocess.run([*make, *script.split(), "install"], check=True, capture_output=True)
     assert all(os.path.lexists(path) for path in made)

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 
@@ -30,6 +32,56 @@ def test_too_few_descriptors_are_refused_and_nothing_is_touched(mount):
     done = cascadefs("mount", mount.path, "--store", mount.store, preexec_fn=limited(FEW // 2))
     assert done.returncode == 1 and "ulimit" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not mount.store.exists() and not mount.path.exists()
+
+
+@pytest.mark.parametrize("most", [None, 1 << 30])
+def test_a_limit_of_file_sizes_is_lifted_or_refused(mount, most):
+    """Of the soft limit anybody may; more than that takes CAP_SYS_RESOURCE, which is taken away here."""
+    program = "import resource, sys; from cascadefs import descriptors\n"
+    program += "descriptors.lift_file_size(); print(resource.getrlimit(resource.RLIMIT_FSIZE)[0])"
+    drop = ["setpriv", "--bounding-set", "-sys_resource", "--inh-caps", "-sys_resource"]
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is missing")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY if most is None else most))
+
+    done = subprocess.run([*drop, sys.executable, "-c", program], preexec_fn=limit, capture_output=True, text=True, check=False)
+    if most is None:
+        assert done.stdout == f"{resource.RLIM_INFINITY}\n", done.stderr
+    else:
+        assert done.returncode == 1 and "ulimit -f unlimited" in done.stderr
+
+
+def test_no_file_grows_beyond_what_can_be_stored(mount):
+    """2 TiB. In the portable mode; in passthrough the kernel writes by itself, and --force leaves what cannot be flushed."""
+    mount.start("--no-passthrough")
+    with open(mount.path / "f", "wb", buffering=0) as file:
+        for offset, data in ((1 << 41, b"x"), ((1 << 41) - 1, b"xy"), (1 << 50, b"x")):
+            with pytest.raises(OSError) as refused:
+                os.pwrite(file.fileno(), data, offset)
+            assert refused.value.errno == errno.EFBIG
+        with pytest.raises(OSError) as refused:
+            os.posix_fallocate(file.fileno(), 1 << 41, 4096)
+        assert refused.value.errno == errno.EFBIG
+        assert os.pwrite(file.fileno(), b"x", 1000) == 1 and os.fstat(file.fileno()).st_size == 1001
+    mount.flush()
+
+
+def test_what_cannot_be_flushed_is_told_and_force_leaves_it_in_memory(mount):
+    mount.start()
+    if mount.status()["mode"] != "passthrough":
+        pytest.skip("the portable mode refuses such a file")
+    (mount.path / "small").write_bytes(b"small")
+    with open(mount.path / "f", "wb", buffering=0) as file:
+        os.pwrite(file.fileno(), b"xy", 1 << 41)
+    done = cascadefs("umount", mount.path)
+    assert done.returncode == 1 and "File too large" in done.stderr and os.path.ismount(mount.path)
+    done = cascadefs("umount", "--force", mount.path)
+    assert done.returncode == 0 and "stays in memory" in done.stderr and not os.path.ismount(mount.path)
+    mount.start()
+    assert (mount.path / "small").read_bytes() == b"small" and (mount.path / "f").stat().st_size == (1 << 41) + 2
+    (mount.path / "f").unlink()
 
 
 @pytest.mark.parametrize("mode", [(), ("--no-passthrough",)])

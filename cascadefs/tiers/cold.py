@@ -229,6 +229,8 @@ class ColdTier:
             with contextlib.suppress(OSError):  # also: the whole extent went before
                 fd = media.open_file(self.path(extent), os.O_RDWR)
                 try:
+                    if os.fstat(fd).st_nlink > 1:
+                        continue  # a copy of the store, made by hard links, may need them
                     for begin, end in holes:
                         media.punch_hole(fd, begin, end - begin)
                 finally:
@@ -240,7 +242,9 @@ class ColdTier:
 
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.folder))
+        with contextlib.suppress(FileNotFoundError):  # somebody took the store away, or one extent went meanwhile
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(self.folder))
+        return 0
 
 
 def holes_of(dead: Iterable[Location]) -> dict[int, list[tuple[int, int]]]:
