@@ -265,6 +265,10 @@ class Database:
         self.unlisted: set[int] = set()  # objects that no manifest lists yet
         self._copied_salts, self._next_checkpoint = b"", 0.0
 
+    def space(self) -> os.statvfs_result:
+        """Of the disk, also when somebody took the store's folder away."""
+        return os.statvfs(self._claim_fd)
+
     def _own_files(self) -> None:
         """What is written in place must not be a copy's, too, that was made by hard links. Extents: tiers/cold.py."""
         staged = self.folder / "parking" / "staged"

@@ -66,7 +66,7 @@ def _staged(store: Store) -> Staged:
 
 def tiers(store: Store, totals: Mapping[str, int], staged: Staged) -> dict[str, Any]:
     """One entry a tier; a tier that this machine lacks has capacity 0."""
-    residency, space = store.residency, os.statvfs(store.settings.store)
+    residency, space = store.residency, store.database.space()
     dirty_in_memory = sum(size for digest, size in residency.memory.objects.items() if digest not in residency.clean)
     allocated = residency.cold.allocated_bytes()
     return {

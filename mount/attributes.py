@@ -74,7 +74,7 @@ def statx_answer(inode: Inode, born_ns: int | None, is_cached: bool, is_mapped: 
 
 def statfs_of(store: Store) -> pyfuse3.StatvfsData:
     """The space of the cold tier: that is where everything ends."""
-    space, data = os.statvfs(store.settings.store), pyfuse3.StatvfsData()
+    space, data = store.database.space(), pyfuse3.StatvfsData()
     data.f_bsize = data.f_frsize = BLOCK
     scale = space.f_frsize / BLOCK
     data.f_blocks, data.f_bfree = int(space.f_blocks * scale), int(space.f_bfree * scale)

@@ -310,3 +310,14 @@ def test_a_mountpoint_that_was_made_goes_and_one_that_was_there_stays(mount):
         assert mount.path.exists() == was_there
     assert "cannot" in one_line("mount", mount.path / "new", "--store", mount.store, "-o", "max_read=x")[1]
     assert not (mount.path / "new").exists()
+
+
+def test_a_store_that_somebody_deleted_keeps_nobody_from_leaving(mount):
+    mount.start()
+    (mount.path / "f").write_bytes(b"x")
+    mount.flush()
+    shutil.rmtree(mount.store)
+    assert mount.status()["tiers"]["cold"]["used_bytes"] == 0
+    done = cascadefs("umount", "--drop-memory", mount.path)
+    assert done.returncode == 0, done.stderr
+    assert not os.path.ismount(mount.path) and not mount.store.exists()

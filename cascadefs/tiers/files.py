@@ -146,9 +146,9 @@ def _numbered(folder: str) -> list[int]:
 
 
 def _bytes_in(folder: str) -> int:
-    """Without files that have another name: it counts there."""
+    """Without files that have another name: it counts there. A folder that somebody took away has none."""
     total = 0
-    for entry in os.scandir(folder):
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         with contextlib.suppress(FileNotFoundError):
             state = entry.stat(follow_symlinks=False)
             total += state.st_blocks * 512 if state.st_nlink == 1 else 0
