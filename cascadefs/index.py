@@ -136,6 +136,16 @@ class Index:
         ).fetchone()
         return Block(r[0], r[1], r[2], Location(r[3], r[4], r[2]) if r[3] is not None else None) if r else None
 
+    def next_place(self, oid: int, seq: int, prints: Sequence[bytes], among: bool) -> int | None:
+        """The first place of an object, from `seq` on, whose block is `among` those of these fingerprints, or is not."""
+        marks = ",".join("?" * len(prints))
+        row = self._db.execute(
+            f"SELECT seq FROM object_blocks WHERE oid=? AND seq>=? AND bid {'' if among else 'NOT'} IN "
+            f"(SELECT bid FROM blocks WHERE fingerprint IN ({marks})) ORDER BY seq LIMIT 1",
+            (oid, seq, *prints),
+        ).fetchone()
+        return row[0] if row else None
+
     def holders(self, bid: int, limit: int = 4) -> list[tuple[bytes, int]]:
         """(digest, offset in the object) of some objects that contain a block."""
         first = "SELECT length FROM object_blocks f JOIN blocks g ON g.bid=f.bid WHERE f.oid=b.oid AND f.seq=0"

@@ -3,6 +3,7 @@
 Owns: a small cache of verified blocks, the block that is read ahead. Invariants: (1) A read is short only at the end of the
 content. (2) Bytes are served only after their block was verified; a damaged block is EIO. (3) At most CACHED_BLOCKS blocks are
 held. (4) Nobody reads a block that is on its way; one at a time is read ahead, and its errors are for whoever asks for it.
+(5) Blocks of zeros are not read at all.
 """
 
 import contextlib
@@ -10,16 +11,21 @@ import errno
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import trio
 
 from cascadefs.errors import os_error
 from cascadefs.files import Files
+from cascadefs.holes import Holes
 from cascadefs.types import Block
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 CACHED_BLOCKS = 8  # a sequential reader needs one and the next, a request at a block boundary two; eight serve a few readers
+NOWHERE = -1  # there is no data, or no file, at or behind a place
 READERS = 64  # of so many objects it is remembered which block was read last
 
 
@@ -31,6 +37,7 @@ class Streams:
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._under_way: dict[int, trio.Event] = {}
         self._last: OrderedDict[int, int] = OrderedDict()  # oid -> place of the block that was read last
+        self._holes = Holes(files.index, files.residency.cold.secret, self._block)
         self._ahead, self._queue = trio.open_memory_channel[Block](1)
 
     async def run(self) -> None:
@@ -54,16 +61,9 @@ class Streams:
 
     async def read_object(self, oid: int, offset: int, size: int) -> bytes:
         """`size` bytes of an object, from a whole copy or from the extents."""
-        digest = self.files.index.object(oid).digest
-        while (holder := self.files.residency.holder(digest)) is not None:
-            fd = holder.open_object(digest)
-            try:
-                data = await trio.to_thread.run_sync(_read_fully, fd, offset, size)
-                if holder.is_copy(fd, digest):
-                    return data
-            finally:
-                os.close(fd)
-            # Its owner has begun to write to it.
+        whole = await self._from_copy(self.files.index.object(oid).digest, lambda fd: _read_fully(fd, offset, size))
+        if whole is not None:
+            return whole
         step, parts = self.files.index.step(oid), []
         while size > 0:
             seq, start = divmod(offset, step)
@@ -71,10 +71,57 @@ class Streams:
             if block is None:
                 break
             self._follow(oid, seq)
-            part = (await self._block(block))[start : start + size]
+            if self._holes.is_one(block):
+                part = bytes(min(size, block.length - start))
+            else:
+                part = (await self._block(block))[start : start + size]
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return b"".join(parts)
+
+    async def seek(self, ino: int, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE; ENXIO behind the end, or where no data follow."""
+        while True:
+            inode = self.files.namespace.get(ino)
+            if inode.home:
+                fd = self.files.open_staged(inode)
+                try:
+                    found = await trio.to_thread.run_sync(_sought, fd, offset, whence)
+                finally:
+                    os.close(fd)
+            else:
+                found = await self._seek_object(inode.oid, offset, whence) if inode.oid is not None else NOWHERE
+            now = self.files.namespace.get(ino)
+            if (now.home, now.oid) == (inode.home, inode.oid):
+                if found == NOWHERE:
+                    raise os_error(errno.ENXIO)
+                return found
+
+    async def _seek_object(self, oid: int, offset: int, whence: int) -> int:
+        """The same in an object, from a whole copy or from the extents, or NOWHERE."""
+        found = self.files.index.object(oid)
+        if offset >= found.size_bytes:
+            return NOWHERE
+        at = await self._from_copy(found.digest, lambda fd: _sought(fd, offset, whence))
+        if at is not None:
+            return at
+        if whence == os.SEEK_HOLE:
+            return await self._holes.hole(found, offset)
+        data = await self._holes.data(found, offset)
+        return NOWHERE if data is None else data
+
+    async def _from_copy(self, digest: bytes, ask: Callable[[int], T]) -> T | None:
+        """What a whole copy of an object answers; None: there is none."""
+        while (holder := self.files.residency.holder(digest)) is not None:
+            fd = holder.open_object(digest)
+            try:
+                answer = await trio.to_thread.run_sync(ask, fd)
+                if holder.is_copy(fd, digest):
+                    return answer
+            finally:
+                os.close(fd)
+            # Its owner has begun to write to it.
+        return None
 
     async def _read_file(self, fd: int, offset: int, size: int) -> bytes:
         try:
@@ -88,7 +135,9 @@ class Streams:
         self._last[oid] = seq
         if len(self._last) > READERS:
             self._last.popitem(last=False)
-        if last == seq - 1 and (following := self.files.index.block_at(oid, seq + 1)) is not None:
+        if last != seq - 1 or (following := self.files.index.block_at(oid, seq + 1)) is None:
+            return
+        if not self._holes.is_one(following):
             with contextlib.suppress(trio.WouldBlock):  # one is waiting already
                 self._ahead.send_nowait(following)
 
@@ -123,6 +172,15 @@ class Streams:
         finally:
             payload.release()
             buffer.close()
+
+
+def _sought(fd: int, offset: int, whence: int) -> int:
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as e:
+        if e.errno == errno.ENXIO:
+            return NOWHERE
+        raise
 
 
 def _read_fully(fd: int, offset: int, size: int) -> bytes:

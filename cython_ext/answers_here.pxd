@@ -71,6 +71,8 @@ cdef inline bint files_answered(
         code[0] = answer(wire, head.unique, code[0], NULL, 0)
     elif head.opcode == FUSE_LSEEK:
         code[0] = seek_file(known, message, &sought)
+        if code[0] < 0:
+            return False
         code[0] = answer(wire, head.unique, code[0], &sought, sizeof(sought))
     else:
         return False

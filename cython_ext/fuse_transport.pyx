@@ -169,18 +169,18 @@ cdef class Transport:
         return self.wire.counters.served + self.wire.counters.forwarded
 
     def set_handle(self, uint64_t fh, *, int fd = -1, int backing_id = 0, uint32_t open_flags = 0, bint served = False,
-                   bint writable = False, bint guarded = False, int64_t size_bytes = -1):
+                   bint writable = False, bint guarded = False):
         """Insert or replace what is known of `fh`. Afterwards the descriptor known before may be closed.
 
         fd: for FALLOCATE, LSEEK and, if `served`, READ and, if also `writable`, WRITE. Not O_APPEND, not O_DIRECT.
         guarded: a WRITE, which takes privileges from the file, is marked and forwarded; so is FALLOCATE, as a SETXATTR.
-        size_bytes: of content without a descriptor. open_flags: FOPEN_* for the answer to OPEN or CREATE.
+        Without a descriptor LSEEK is forwarded, as a GETXATTR. open_flags: FOPEN_* for the answer to OPEN or CREATE.
         """
         cdef Handle handle
         cdef int code
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = fh, fd, backing_id, open_flags
         handle.served, handle.writable, handle.guarded = served, writable, guarded
-        handle.size_bytes, handle.busy = size_bytes, 0
+        handle.busy = 0
         with nogil:
             code = handles_copy(&self.known.handles, &handle)
         check(code)

@@ -33,7 +33,6 @@ cdef extern from "<pthread.h>" nogil:
 
 ctypedef struct Handle:
     uint64_t fh
-    int64_t size_bytes  # of content that has no descriptor; -1: unknown
     int fd  # -1: none
     int backing_id  # 0: none
     uint32_t open_flags

@@ -82,7 +82,7 @@ cdef inline uint64_t grants_open(
     grant = <Grant *><uintptr_t>map_get(&table.map, head.nodeid)
     if grant != NULL and table.next_fh:
         handle.fh, handle.fd, handle.backing_id, handle.open_flags = table.next_fh, grant.fd, grant.backing_id, grant.open_flags
-        handle.served, handle.writable, handle.size_bytes, handle.busy = grant.served, False, -1, 0
+        handle.served, handle.writable, handle.busy = grant.served, False, 0
         if not handles_put(handles, handle):
             handle = NULL  # it is the table's
             if events_put(events, FUSE_OPEN, table.next_fh, head.nodeid, head.unique, grant.backing_id):

@@ -237,13 +237,16 @@ cdef inline int allocate_file(Known *known, const uint8_t *message) noexcept nog
 
 
 cdef inline int seek_file(Known *known, const uint8_t *message, fuse_lseek_out *answer) noexcept nogil:
-    """LSEEK: 0 or an errno."""
+    """LSEEK: 0, an errno, or -1: there is no descriptor to seek in."""
     cdef fuse_lseek_in *arg = <fuse_lseek_in *>(message + sizeof(fuse_in_header))
     cdef int64_t found
     cdef Handle *handle = handles_borrow(&known.handles, arg.fh)
     if handle == NULL:
         return EBADF
-    found = seek_content(handle.fd, handle.size_bytes, arg.offset, arg.whence)
+    if handle.fd < 0:
+        handles_return(&known.handles, handle)
+        return -1
+    found = seek_content(handle.fd, arg.offset, arg.whence)
     handles_return(&known.handles, handle)
     answer.offset = <uint64_t>found
     return 0 if found >= 0 else <int>-found

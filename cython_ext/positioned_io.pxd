@@ -103,19 +103,13 @@ cdef inline int allocate_range(int fd, int mode, int64_t offset, int64_t length)
     return code
 
 
-cdef inline int64_t seek_content(int fd, int64_t size_bytes, uint64_t offset, uint32_t whence) noexcept nogil:
-    """SEEK_DATA or SEEK_HOLE; or -errno. Without a descriptor the content is `size_bytes` of data (-1: not known).
+cdef inline int64_t seek_content(int fd, uint64_t offset, uint32_t whence) noexcept nogil:
+    """SEEK_DATA or SEEK_HOLE; or -errno.
 
     This moves the descriptor's own position, which nothing here uses.
     """
     cdef int64_t found
     if whence != <uint32_t>SEEK_DATA and whence != <uint32_t>SEEK_HOLE:
         return -EINVAL
-    if fd < 0 and size_bytes < 0:
-        return -EINVAL
-    if fd < 0:
-        if offset >= <uint64_t>size_bytes:
-            return -ENXIO
-        return size_bytes if whence == <uint32_t>SEEK_HOLE else <int64_t>offset
     found = lseek(fd, <int64_t>offset, <int>whence)
     return found if found >= 0 else -errno

@@ -130,8 +130,7 @@ class Handles:
         """Tell the transport of a handle."""
         source = handle.source
         if source is None:
-            size = self.store.namespace.get(handle.ino).size
-            self.transport.set_handle(fh, open_flags=self.open_flags | FOPEN_DIRECT_IO, size_bytes=size)
+            self.transport.set_handle(fh, open_flags=self.open_flags | FOPEN_DIRECT_IO)
         elif self.passthrough and not handle.direct and self._passes(source):
             if by_us:
                 return self._serve(fh, source, handle, True, source.backing_id)

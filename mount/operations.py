@@ -23,11 +23,12 @@ from cascadefs.ext.listing import DOTS
 from cascadefs.live import Handle
 from cascadefs.mount import facts, virtual
 from cascadefs.mount.answered import Answered
-from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of, statx_answer
+from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
 from cascadefs.mount.handles import Handles
 from cascadefs.mount.listings import Listings
 from cascadefs.mount.once import Once
+from cascadefs.mount.others import Others
 from cascadefs.mount.privileges import CAPABILITY, TRUSTED, changed_columns, has_set_id, is_outside, sees_trusted
 from cascadefs.mount.refusals import refuse_fact, refuse_kind, refuse_others, refuse_virtual
 from cascadefs.mount.virtual import Virtual, is_virtual
@@ -40,7 +41,6 @@ Context: TypeAlias = pyfuse3.RequestContext
 Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
-STATX = b"/statx"  # the attribute that stands for a STATX
 NAMELESS = b"/"  # the name that stands for none
 DROP_MEMORY, KEEP_MEMORY = b"user.cascade.drop-memory", b"user.cascade.keep-memory"
 VERIFY = b"user.cascade.verify"
@@ -62,6 +62,7 @@ class Operations(pyfuse3.Operations):
         self.once, self.answered = once, Answered(store, handles, once)
         self.listings = Listings(store, self.answered)
         self.writes = Writes(store, handles, self.answered)
+        self.others = Others(store, handles.mappings, shown)
         self.files, self.names = store.files, store.namespace
         self.syncs_at_close = store.settings.sync == "close"
         self.drops_memory = False  # after unmounting: asked for by `cascadefs umount --drop-memory`
@@ -310,16 +311,10 @@ class Operations(pyfuse3.Operations):
         if name.startswith(facts.PREFIX) and not is_virtual(inode):
             self.answered.catch_up()
             return await facts.fact(self.store, inode, name)
-        if (name, ctx.pid) == (STATX, -1):
-            return self._statx(inode)
+        if ctx.pid == -1:
+            return await self.others.answer(inode, name)
         refuse_kind(name)
         return self.names.xattrs.get(inode, name)
-
-    def _statx(self, inode: int) -> bytes:
-        """STATX, which the transport puts as a GETXATTR: as getattr(), with the time of birth."""
-        if is_virtual(inode):
-            return statx_answer(self.virtual.inode(inode), None, is_cached=False)
-        return statx_answer(self.files.attributes(inode), self.names.born_ns(inode), True, inode in self.handles.mappings)
 
     async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
         """LISTXATTR."""

@@ -23,7 +23,7 @@ ORDER = [
     ["rebuild", "fsck"],
     ["written"],
     ["live", "gaps"],
-    ["healing", "staged"],
+    ["healing", "staged", "holes"],
     ["residency"],
     ["owners", "read_ahead", "adrift"],
     ["files"],

@@ -124,6 +124,25 @@ def test_holes_are_told_to_the_page(mount):
     os.close(fd)
 
 
+def test_a_cold_file_that_memory_does_not_take_tells_its_holes_as_before(mount):
+    mount.start()
+    fd = os.open(mount.path / "f", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(fd, BIG + 5)
+    pwrites(fd, {0: b"x", 4 * MIB - 4096: b"x" * 8192, BIG // 2 + 4096: os.urandom(9 * MIB), BIG: b"x"})
+    told = data_of(fd, BIG + 5)
+    assert len(told) == 4
+    os.close(fd)
+    mount.stop("--drop-memory")
+    mount.start()
+    fd = os.open(mount.path / "f", os.O_RDONLY)
+    assert data_of(fd, BIG + 5) == told
+    with pytest.raises(OSError):
+        os.lseek(fd, BIG + 5, os.SEEK_HOLE)
+    mount.kill_worker()
+    assert data_of(fd, BIG + 5) == told
+    os.close(fd)
+
+
 def test_a_file_without_gaps_gets_large_pages(mount):
     mount.start()
     if not json.loads((mount.path / ".cascade/stats").read_text())["huge_pages"]:

@@ -239,16 +239,18 @@ def test_fallocate_and_lseek_are_answered_here(wire, tmp_path):
     assert wire.answered()[2] == struct.pack("<Q", 8192)
     wire.ask(FALLOCATE, struct.pack("<QQQII", 99, 0, 8192, 0, 0))
     assert wire.answered()[0] == -errno.EBADF  # never ENOSYS: the kernel would not ask again
-    wire.transport.set_handle(2, size_bytes=10)
-    for offset, whence, expected in (
-        (3, os.SEEK_DATA, (0, 3)),
-        (3, os.SEEK_HOLE, (0, 10)),
-        (10, os.SEEK_DATA, (-errno.ENXIO, None)),
+    os.close(fd)
+
+
+def test_where_there_is_no_descriptor_python_seeks(wire):
+    wire.transport.set_handle(2)
+    for offset, whence, name in (
+        (0, os.SEEK_DATA, b"/lseek 0 3"),
+        ((1 << 64) - 1, os.SEEK_HOLE, b"/lseek ffffffffffffffff 4"),
+        (5, (1 << 32) - 1, b"/lseek 5 ffffffff"),
     ):
         wire.ask(LSEEK, struct.pack("<QQII", 2, offset, whence, 0))
-        error, _, body = wire.answered()
-        assert (error, struct.unpack("<Q", body)[0] if body else None) == expected
-    os.close(fd)
+        assert wire.forwarded() == (GETXATTR, struct.pack("<II", 8, 0) + name + b"\0")
 
 
 def test_malformed_requests_are_refused_and_do_not_end_the_mount(wire):
