@@ -38,6 +38,7 @@ from cascadefs.written import Blind, Kept, Tracker
 
 FEW = 256  # orphans may be many when files are removed: so many inodes are asked about one by one before all orphans are read
 DELETED_AT_ONCE = 64  # a commit of so many takes a few milliseconds
+LISTED_BYTES = 64 << 30  # 16,000 rows: some 30 ms of everybody's time
 TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 
 
@@ -305,7 +306,7 @@ class Files:
                 self.read_ahead.asked(found)
         else:
             self.residency.misses += 1
-        if source is not None or found.size_bytes > self.settings.promote_limit:
+        if source is not None or self._is_large(inode, found):
             return source
         if self.residency.holder(found.digest) is None:
             self.read_ahead.asked(found)
@@ -314,6 +315,14 @@ class Files:
             self.read_ahead.opened(found.digest)
             source = self._open_source(inode, self.owners.open)
         return source or await self.owners.copy(inode.ino, found)
+
+    def _is_large(self, inode: Inode, found: Object) -> bool:
+        """Whether it is not brought to memory before open() answers. Blocks of zeros, which are not read, do not count, unless
+        they are so many that listing them takes long."""
+        limit = self.settings.promote_limit
+        if found.size_bytes <= limit or inode.blocks * 512 > limit or found.size_bytes > LISTED_BYTES:
+            return found.size_bytes > limit
+        return self.residency.needed_bytes(found) > limit
 
     def _open_source(self, inode: Inode, of_object: Callable[[int, Object], Source | None]) -> Source | None:
         """The same from what is here: an open source, the staged file, a file of the object; None when there is none."""
@@ -377,7 +386,7 @@ class Files:
                 self.residency.tier_of(home).drop_staged(inode.ino)  # the next may find room elsewhere
             finally:
                 os.close(fd)
-        self.residency.make_room(found.size_bytes)
+        self.residency.make_room(self.residency.needed_bytes(found))
         return await self.fill_staged(inode.ino, partial(self.residency.materialize, self.index.blocks(found.oid)))
 
     async def fill_staged(self, ino: int, fill: Callable[[str], None]) -> Home:

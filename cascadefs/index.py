@@ -146,6 +146,16 @@ class Index:
         ).fetchone()
         return row[0] if row else None
 
+    def bytes_besides(self, oid: int, prints: Sequence[bytes]) -> int:
+        """Bytes of the blocks of an object, each as often as it is there, without those of these fingerprints."""
+        marks = ",".join("?" * len(prints))
+        row = self._db.execute(
+            "SELECT coalesce(sum(length), 0) FROM object_blocks o JOIN blocks b ON b.bid=o.bid WHERE o.oid=? AND o.bid NOT IN "
+            f"(SELECT bid FROM blocks WHERE fingerprint IN ({marks}))",
+            (oid, *prints),
+        ).fetchone()
+        return int(row[0])
+
     def holders(self, bid: int, limit: int = 4) -> list[tuple[bytes, int]]:
         """(digest, offset in the object) of some objects that contain a block."""
         first = "SELECT length FROM object_blocks f JOIN blocks g ON g.bid=f.bid WHERE f.oid=b.oid AND f.seq=0"

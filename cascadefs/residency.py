@@ -24,6 +24,7 @@ from cascadefs.crash import point
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
 from cascadefs.healing import Healer
+from cascadefs.holes import prints_of_zeros
 from cascadefs.index import Index
 from cascadefs.live import Sources
 from cascadefs.policies import EvictionPolicy
@@ -38,6 +39,7 @@ from cascadefs.types import Block, Home, Object
 
 EMPTY_SHARE = 1 / 4  # of a block in pages of zeros: then they are left out, which costs the block its huge pages
 LOOKED_AT = 64  # of the copies that somebody has mapped, each time
+LARGE_BYTES = 64 << 20
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)  # what a full memory tier answers
 
 
@@ -137,17 +139,21 @@ class Residency:
 
     def take_copies(self, durable: Mapping[bytes, int], dirty: Mapping[bytes, int]) -> None:
         """On opening: copies of known objects (digest -> bytes) stay; those of durable ones are clean, and in parking of no
-        more use. Sizes are the index's: asking the filesystem for a hundred thousand costs a third of a second."""
+        more use. Sizes are the index's (asking the filesystem for a hundred thousand costs a third of a second), but for
+        large ones, which may have holes."""
         for digest in [d for d in self.memory.objects if d not in durable and d not in dirty]:
             self.drop(self.memory, digest)
         for digest in [d for d in self.parking.objects if d not in dirty]:
             self.drop(self.parking, digest)
-        self.clean = {digest: durable[digest] for digest in self.memory.objects if digest in durable}
+        self.clean = {digest: self._found_bytes(digest, durable[digest]) for digest in self.memory.objects if digest in durable}
         self.clean_bytes = sum(self.clean.values())
         self.memory.objects.update(self.clean)
         for tier in (self.memory, self.parking):
             tier.objects.update({digest: dirty[digest] for digest in tier.objects.keys() & dirty.keys()})
         self.policy.found(self.memory.objects)
+
+    def _found_bytes(self, digest: bytes, size_bytes: int) -> int:
+        return size_bytes if size_bytes < LARGE_BYTES else min(size_bytes, self.memory.allocated_bytes(digest))
 
     def drop(self, tier: FileTier, digest: bytes) -> None:
         """Remove one copy."""
@@ -250,15 +256,21 @@ class Residency:
             self.cold.buffers.give(buffer)
         return True
 
+    def needed_bytes(self, found: Object) -> int:
+        """What materialize() takes for an object at most: blocks of zeros take nothing."""
+        if found.size_bytes <= self.index.block_bytes:
+            return found.size_bytes
+        return self.index.bytes_besides(found.oid, prints_of_zeros(found, self.index.step(found.oid), self.cold.secret))
+
     async def promote(self, found: Object) -> bool:
         """Bring a durable object to memory; False when it does not fit. While it is on its way for somebody else, wait."""
         while (other := self.under_way.get(found.digest)) is not None:
             await other.ended.wait()
             if self.holder(found.digest) is not None:
                 return True  # else the other one failed, who perhaps needed it less
-        if not scheduler.may_promote(self.memory_state(), found.size_bytes):
+        if not scheduler.may_promote(self.memory_state(), found.size_bytes):  # who reads holes by a mapping fills them
             return False
-        self.make_room(found.size_bytes)
+        self.make_room(self.needed_bytes(found))
         return await self.bring(found, heal=True) or self.holder(found.digest) is not None
 
     async def disk_is_asked(self) -> None:

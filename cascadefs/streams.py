@@ -1,7 +1,7 @@
 """Reads of what has no backing file for the kernel: large cold objects, served block by block from the extents.
 
 Owns: a small cache of verified blocks, the block that is read ahead. Invariants: (1) A read is short only at the end of the
-content. (2) Bytes are served only after their block was verified; a damaged block is EIO. (3) At most CACHED_BLOCKS blocks are
+content. (2) Bytes are served only after their block was verified; a damaged block is EIO. (3) At most CACHED_BYTES are
 held. (4) Nobody reads a block that is on its way; one at a time is read ahead, and its errors are for whoever asks for it.
 (5) Blocks of zeros are not read at all.
 """
@@ -17,14 +17,16 @@ from typing import TypeVar
 
 import trio
 
+from cascadefs.config import MIB
 from cascadefs.errors import os_error
 from cascadefs.files import Files
-from cascadefs.holes import Holes
+from cascadefs.holes import Content, Holes
 from cascadefs.types import Block
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-CACHED_BLOCKS = 8  # a sequential reader needs one and the next, a request at a block boundary two; eight serve a few readers
+CACHED_BYTES = 32 * MIB  # a reader needs the block it is in and the next one, at their boundary both; this serves a few readers
+CACHED_BLOCKS = 1024  # of blocks that are mostly zeros more fit
 NOWHERE = -1  # there is no data, or no file, at or behind a place
 READERS = 64  # of so many objects it is remembered which block was read last
 
@@ -34,7 +36,7 @@ class Streams:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: OrderedDict[int, Content] = OrderedDict()
         self._under_way: dict[int, trio.Event] = {}
         self._last: OrderedDict[int, int] = OrderedDict()  # oid -> place of the block that was read last
         self._holes = Holes(files.index, files.residency.cold.secret, self._block)
@@ -74,7 +76,7 @@ class Streams:
             if self._holes.is_one(block):
                 part = bytes(min(size, block.length - start))
             else:
-                part = (await self._block(block))[start : start + size]
+                part = (await self._block(block)).read(start, size)
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         return b"".join(parts)
@@ -141,26 +143,31 @@ class Streams:
             with contextlib.suppress(trio.WouldBlock):  # one is waiting already
                 self._ahead.send_nowait(following)
 
-    async def _block(self, block: Block, ahead: bool = False) -> bytes:
+    async def _block(self, block: Block, ahead: bool = False) -> Content:
         while (ended := self._under_way.get(block.bid)) is not None:
             await ended.wait()
-        data = self._blocks.pop(block.bid, None)
-        if data is None:
-            if block.location is None:
-                raise os_error(errno.EIO, "a block has neither a copy in memory nor a place in the cold tier")
-            ended = self._under_way[block.bid] = trio.Event()
-            try:
-                data = await trio.to_thread.run_sync(partial(self._verified, block, ahead))
-            finally:
-                del self._under_way[block.bid]
-                ended.set()
-            self.files.residency.cold_reads += 1
-        self._blocks[block.bid] = data
-        while len(self._blocks) > CACHED_BLOCKS:
-            self._blocks.popitem(last=False)
-        return data
+        if (known := self._blocks.get(block.bid)) is not None:
+            self._blocks.move_to_end(block.bid)
+            return known
+        if block.location is None:
+            raise os_error(errno.EIO, "a block has neither a copy in memory nor a place in the cold tier")
+        ended = self._under_way[block.bid] = trio.Event()
+        try:
+            content = await trio.to_thread.run_sync(partial(self._verified, block, ahead))
+        finally:
+            del self._under_way[block.bid]
+            ended.set()
+        self.files.residency.cold_reads += 1
+        self._keep(block.bid, content)
+        return content
 
-    def _verified(self, block: Block, ahead: bool) -> bytes:
+    def _keep(self, bid: int, content: Content) -> None:
+        self._blocks[bid] = content
+        kept_bytes = sum(each.kept_bytes for each in self._blocks.values())
+        while kept_bytes > CACHED_BYTES or len(self._blocks) > CACHED_BLOCKS:
+            kept_bytes -= self._blocks.popitem(last=False)[1].kept_bytes
+
+    def _verified(self, block: Block, ahead: bool) -> Content:
         assert block.location is not None
         residency = self.files.residency
         read = (
@@ -168,7 +175,7 @@ class Streams:
         )
         buffer, payload = read()
         try:
-            return bytes(payload)
+            return Content.of(payload)
         finally:
             payload.release()
             buffer.close()

@@ -158,3 +158,61 @@ async def test_looking_for_a_hole_ends(settings, monkeypatch):
         ino = store.find("f").ino
         assert await sought(store, ino, len(data)) == [(0, 12 * MIB), (20 * MIB, 24 * MIB)]
         assert store.residency.cold_reads <= 5
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_kept_block_reads_as_its_bytes(name):
+    data = bytes(CONTENTS[name])
+    content = holes.Content.of(memoryview(data))
+    assert sum(len(part) for _, part in content.parts) == content.kept_bytes
+    assert content.kept_bytes == len(data) or content.kept_bytes <= len(data) / 4
+    assert content.read(0, len(data) + 9) == data
+    for _ in range(300):
+        start, size = pick.randrange(len(data)), pick.choice([1, 512, PAGE, 70_000, 5 * MIB])
+        assert content.read(start, size) == data[start : start + size]
+
+
+async def test_blocks_that_are_mostly_zeros_are_read_once(settings):
+    settings, data = replace(settings, promote_limit=0), sparse(64 * MIB, [(at * MIB, at * MIB + 5) for at in range(64)])
+    async with opened(settings) as store:
+        await store.put("f", data)
+        await store.flush()
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        ino = store.find("f").ino
+        assert await sought(store, ino, len(data)) == runs(data)
+        reads = store.residency.cold_reads
+        assert await sought(store, ino, len(data)) == runs(data)
+        for at in range(0, len(data), MIB):
+            assert await store.streams.read(ino, at, 512 << 10) == data[at : at + (512 << 10)]
+        assert store.residency.cold_reads == reads <= 16
+
+
+async def test_a_long_file_of_few_bytes_is_brought_to_memory(settings):
+    settings = replace(settings, promote_limit=5 * MIB)
+    few, many = sparse(30 * MIB, [(0, 4 * MIB), (17 * MIB, 17 * MIB + 1)]), sparse(30 * MIB, [(MIB, 5 * MIB)])
+    few[0 : 4 * MIB] = bytes(4 * MIB)
+    async with opened(settings) as store:
+        await store.put("few", few)
+        await store.put("many", many)
+        await store.flush()
+    wipe_memory(settings)
+    async with opened(settings) as store:
+        for name in ("many", "few"):
+            inode = store.namespace.get(store.find(name).ino)
+            assert store.residency.needed_bytes(store.index.object(inode.oid)) == {"few": 4 * MIB, "many": 8 * MIB}[name]
+            store.namespace.update(inode.ino, blocks=8)
+            store.files.release(await store.files.open(inode.ino, False))
+        assert list(store.residency.memory.objects) == [store.index.object(inode.oid).digest]
+        assert store.residency.clean_bytes <= 2 * MIB
+        assert await sought(store, inode.ino, len(few)) == runs(few)
+
+
+async def test_a_new_opening_does_not_count_the_holes_of_large_copies(settings):
+    async with opened(settings) as store:
+        with written(store, "f", b"head") as ino:
+            os.truncate(store.files.staged_path(store.namespace.get(ino)), 1 << 33)
+        await store.flush()
+        assert store.residency.memory_state().evictable_bytes <= MIB
+    async with opened(settings) as store:
+        assert store.residency.memory.objects and store.residency.memory_state().evictable_bytes <= MIB

@@ -90,7 +90,7 @@ class FileTier:
         """The staged file gets an object's name as well (no copying). The staged name stays until drop_staged()."""
         path = self.object_path(digest)
         media.link(self.staged_path(ino), path)
-        self.objects[digest] = os.lstat(path).st_blocks * 512
+        self.objects[digest] = self.allocated_bytes(digest)
 
     def unadopt(self, digest: bytes, ino: int) -> None:
         """The object's file gets a staged name as well. The object name stays until drop()."""
@@ -128,7 +128,11 @@ class FileTier:
     def place_object(self, path: str, digest: bytes) -> None:
         """A whole file at `path` (same filesystem) becomes the copy of an object, in place of the one that is there."""
         media.rename(path, self.object_path(digest))
-        self.objects[digest] = os.lstat(self.object_path(digest)).st_blocks * 512
+        self.objects[digest] = self.allocated_bytes(digest)
+
+    def allocated_bytes(self, digest: bytes) -> int:
+        """What the copy of an object takes, without its holes."""
+        return os.lstat(self.object_path(digest)).st_blocks * 512
 
     def used_bytes(self) -> int:
         """Bytes allocated under the folder."""
