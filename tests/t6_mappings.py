@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-PART = 2 << 20  # a page of the memory tier may be so large
+# A page of the memory tier may be so large. Files of 8 MiB that are opened to be updated are served as in the portable mode.
+PART, PARTS = 2 << 20, 3
 ASKERS = {
     "stat": lambda path: os.stat(path),
     "listing": lambda path: [entry.stat() for entry in os.scandir(path.parent)],
@@ -33,9 +34,9 @@ def mapped(path, flags=0):
     """(a mapping of its own, its descriptor)."""
     fd = os.open(path, os.O_RDWR | flags, 0o644)
     if os.fstat(fd).st_size == 0:
-        for at in range(4):
+        for at in range(PARTS):
             os.pwrite(fd, bytes(PART), at * PART)
-    with mmap.mmap(fd, 4 * PART) as area:
+    with mmap.mmap(fd, PARTS * PART) as area:
         yield area, fd
     with contextlib.suppress(OSError):
         os.close(fd)
