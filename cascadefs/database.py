@@ -46,6 +46,7 @@ SECRET_BYTES = 192
 NO_STORE_YET = ("lost+found", "store.new")  # a folder with nothing else is empty; store.new: a creation that a crash ended
 RETRY_S = 10.0  # after a checkpoint that failed
 WAL_FRAMES = 32000  # checkpoint from here on: 32 MB, read back at an opening in 20 ms
+SHRINK_BYTES = 64 << 10  # less is not worth it
 _STORE_ID = re.compile("[0-9a-f]{32}")  # it becomes part of a path
 
 LATER_COLUMNS = {"last_op": "INTEGER NOT NULL DEFAULT 0", "born_ns": "INTEGER"}  # of inodes: older stores get them
@@ -261,6 +262,7 @@ class Database:
         except BaseException:
             os.close(self._claim_fd)
             raise
+        self.reserve.reuse, self.reserve.shrink = self._reuse_wal, self._shrink_wal
         self.changed: set[int] = set()  # inodes that differ from what the last manifest says of them
         self.unlisted: set[int] = set()  # objects that no manifest lists yet
         self._copied_salts, self._next_checkpoint = b"", 0.0
@@ -411,6 +413,7 @@ class Database:
     def tend(self) -> None:
         """Checkpoint when the WAL has grown large. After a restart of the WAL older frames lie behind its end: the salts of
         the frame at the limit tell whether this generation has come that far."""
+        self.reserve.fill()
         if self._suspect or time.monotonic() < self._next_checkpoint:
             return
         at = sums.WAL_HEADER + WAL_FRAMES * (sums.FRAME_HEADER + self._page_bytes()) + 8
@@ -441,6 +444,27 @@ class Database:
             return  # a cursor is open: the frames stay where they are until the next try
         if not busy and frames == copied:
             self._copied_salts = wal.data[16:24]
+
+    def _reuse_wal(self) -> None:
+        """On a full disk: the next transactions are written over what the WAL has, which takes no space."""
+        if not self.connection.in_transaction and not self._suspect:
+            with contextlib.suppress(OSError):
+                self.checkpoint()
+
+    def _shrink_wal(self) -> bool:
+        """When not even a reserve is left: the WAL goes into index.db, which mostly has these pages. The sums, which need
+        space of their own, go first and come back with the next checkpoint. Whether there is more space."""
+        is_small = os.fstat(self.wal_fd).st_size < SHRINK_BYTES
+        if is_small or self.connection.in_transaction or self._suspect or not media.is_full(self.folder):
+            return False
+        try:
+            self._sums = None
+            media.remove(self.folder / "index.sums")
+            busy, _, _ = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except (OSError, sqlite3.OperationalError) as e:
+            log.warning("the WAL could not be copied into the index: %s", e)
+            return False
+        return not busy
 
     def close(self) -> None:
         """Checkpoint, release the lock. The object is of no use afterwards."""

@@ -4,12 +4,14 @@ Owns: the lock of flushing. Invariant: whoever appends holds `lock` from asking 
 given up; what lies behind the tail then is cut off by the next append.
 """
 
+import errno
 from functools import partial
 
 import trio
 
 from cascadefs import media
 from cascadefs.crash import point
+from cascadefs.errors import os_error
 from cascadefs.files import Files
 
 
@@ -22,8 +24,14 @@ class OpenExtent:
         self._own = 0  # the extent that is known to have no other name
         self.placed: dict[bytes, None] = {}  # digests of objects that are durable once the index is synced
 
-    async def tail(self) -> tuple[int, int]:
-        """(number, where the next record goes); the next extent is made when there is none."""
+    async def tail(self, for_data: bool = True) -> tuple[int, int]:
+        """(number, where the next record goes); the next extent is made when there is none. ENOSPC for new data while what is
+        left of the disk is needed to free space."""
+        database = self._files.database
+        if for_data and not database.reserve.fill():
+            full = os_error(errno.ENOSPC, "extents")
+            database.health.failed("cold tier", full)
+            raise full
         found = self._index.open_extent()
         if found is None:
             number = self._index.next_extent()

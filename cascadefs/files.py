@@ -148,6 +148,8 @@ class Files:
     def create_content(self, inode: Inode) -> Handle:
         """The handle of the creator: an empty staged file in the home that the row says. No await: nobody else knows it."""
         point("created")
+        if inode.home == Home.COLD and not self.database.reserve.fill():
+            raise os_error(errno.ENOSPC, "parking")
         fd, home = self._create_staged(inode.ino, Home(inode.home))
         try:
             keep_reserve(fd)
@@ -352,7 +354,8 @@ class Files:
                 now = self.namespace.get(inode.ino)  # utimens does not wait for the lock
                 os.utime(path, ns=(now.atime_ns, now.mtime_ns), follow_symlinks=False)
             point("staged")
-            self.dead += self.index.set_content(inode.ino, home, None, inode.size)
+            show = partial(self.index.set_content, inode.ino, home, None, inode.size)
+            self.dead += self.database.reserve.lend(show) if cut_at == 0 else show()
         except BaseException:
             with contextlib.suppress(OSError):  # the name stays, and nothing reads it: the next _stage() replaces it
                 self.residency.tier_of(home).drop_staged(inode.ino)

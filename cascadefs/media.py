@@ -140,9 +140,9 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def allocate(fd: int, size_bytes: int) -> None:
+def allocate(fd: int, size_bytes: int, offset: int = 0) -> None:
     """Give a file blocks for that many bytes."""
-    os.posix_fallocate(fd, 0, size_bytes)
+    os.posix_fallocate(fd, offset, size_bytes)
 
 
 def copy_file(source_fd: int, path: str) -> None:

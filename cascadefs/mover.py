@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
@@ -32,7 +32,7 @@ from cascadefs.patches import Patches
 from cascadefs.record import record_bytes
 from cascadefs.sealing import Outcome, Sealer
 from cascadefs.straight import Straight
-from cascadefs.tiers.cold import Piece
+from cascadefs.tiers.cold import Piece, parts_of
 from cascadefs.types import Location, Object
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,11 @@ class Mover:
     def __init__(self, files: Files, sealer: Sealer) -> None:
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
-        self.health = files.database.health
-        self.bulk = files.bulk
+        self.health, self.bulk = files.database.health, files.bulk
         self.journal = Journal(files.database, files.index)
         self.last_error: OSError | None = None
         self.unflushable: set[int] = set()  # objects whose only copy is damaged or gone: reported, not tried again
-        self._last_round = 0.0
-        self._flushes = 0  # calls of flush_all() under way
+        self._last_round, self._flushes = 0.0, 0  # calls of flush_all() under way
         self._is_hurried = False  # somebody waits for everything, and it is much
         self._put_off_until: dict[int, float] = {}  # objects whose copy cannot be read: when to try again
         self.extent = OpenExtent(files)
@@ -169,6 +167,7 @@ class Mover:
         """One round: make some dirty objects durable, those of `first` before others. Returns how many were looked at. Nothing
         is done when the round before has served all of `first`."""
         async with self.extent.lock:
+            await self._regain_reserve()
             chosen = self._choose(first)
             if first and chosen and chosen[0].oid not in first:
                 return 0
@@ -192,8 +191,13 @@ class Mover:
             self.files.delete_leftover()
             if chosen or self.files.dead:
                 await self._give_back()
-            self.files.database.reserve.fill()
         return len(chosen)
+
+    async def _regain_reserve(self) -> None:
+        """On a full disk what is dead goes before new data come: those are refused until the reserve is whole."""
+        if not self.files.database.reserve.fill() or self.health.troubles:
+            self.files.delete_leftover()
+            await self._give_back()
 
     def _choose(self, first: Sequence[int]) -> list[Object]:
         wanted = [found for oid in first if (found := self.index.find_oid(oid)) and not found.durable]
@@ -209,7 +213,8 @@ class Mover:
         return chosen
 
     def _round_bytes(self) -> int:
-        return self.files.settings.batch_size * (ROUNDS_AT_ONCE if self._flushes else 1)
+        """No more than the disk has room for: what does not fit is tried alone, and fails alone."""
+        return min(self.files.settings.batch_size * (ROUNDS_AT_ONCE if self._flushes else 1), self.cold.room_bytes())
 
     def _put_off(self, chosen: Sequence[Object], first: Sequence[int], e: UnreadableCopy) -> None:
         """One copy that cannot be read must not keep the others from the cold tier. Whoever waits for it is told."""
@@ -249,9 +254,9 @@ class Mover:
         """Write pieces, and a manifest behind them, to the open extent (the next when it is full); commit where they lie."""
         try:
             manifest = await encoded(taken.manifest, self._is_waited_for)
-            parts = list(_parts(pieces, self._round_bytes())) or [[]]
+            parts = list(parts_of(pieces, self._round_bytes())) or [[]]
             for part in parts:
-                number, position = await self.extent.tail()
+                number, position = await self.extent.tail(for_data=bool(part))
                 tail = manifest if part is parts[-1] else None
                 placed, end = await trio.to_thread.run_sync(partial(self.cold.append, number, position, part, tail))
                 point("appended")
@@ -290,11 +295,14 @@ class Mover:
     async def tell(self) -> None:
         """Write what the extents do not tell yet of names and attributes; everything, when it is time for a snapshot."""
         async with self.extent.lock:
-            if self.journal.wants_snapshot():
-                await self._append((), await self.journal.everything(self._is_waited_for))
-            elif self.journal.has_news():
-                await self._append((), await self.journal.changes(()))
+            await self.files.database.reserve.lend_to(self._tell)
             await self._give_back()
+
+    async def _tell(self) -> None:
+        if self.journal.wants_snapshot():
+            await self._append((), await self.journal.everything(self._is_waited_for))
+        elif self.journal.has_news():
+            await self._append((), await self.journal.changes(()))
 
     def _is_waited_for(self) -> bool:
         """Whether somebody needs the open extent, or everything to be durable, before the holder of its lock is done."""
@@ -356,6 +364,9 @@ class Mover:
     async def _give_back(self) -> None:
         """Punch dead records, delete dead extents; after a sync of the commits that forgot them, and when the extents have been
         told what took their place: else a rebuild of the index would find neither."""
+        await self.files.database.reserve.lend_to(self._give_back_now)
+
+    async def _give_back_now(self) -> None:
         if self.files.dead and self.journal.has_news():
             await self._append((), await self.journal.changes(()))
         count, gone = len(self.files.dead), self.index.dead_extents()
@@ -363,10 +374,10 @@ class Mover:
             return
         await self.sync_index()
         point("forgotten")
-        dead, self.files.dead[:count] = self.files.dead[:count], []
         for number in gone:
             self.cold.remove(number)  # before it is forgotten: else an error would leave it for ever
             self.index.forget_extent(number)
+        dead, self.files.dead[:count] = self.files.dead[:count], []
         await self._punch([at for at in dead if at.extent not in gone])
 
     async def _punch(self, dead: Sequence[Location]) -> None:
@@ -446,6 +457,8 @@ class Mover:
             self._flushes -= 1
 
     async def _flush_all(self) -> None:
+        async with self.extent.lock:
+            await self._regain_reserve()
         busy = await self._seal_all()
         last = self.index.newest_object()
         self._put_off_until.clear()
@@ -484,16 +497,3 @@ class Mover:
     def _has_dirty(self, last: int) -> bool:
         left = self.unflushable | self._put_off_until.keys()
         return any(found.oid <= last and found.oid not in left for found in self.index.dirty(len(left) + 1))
-
-
-def _parts(pieces: Sequence[Piece], limit_bytes: int) -> Iterator[list[Piece]]:
-    """Groups of at most `limit_bytes`, or of one piece."""
-    part, total = list[Piece](), 0
-    for piece in pieces:
-        if part and total + piece.length > limit_bytes:
-            yield part
-            part, total = [], 0
-        part.append(piece)
-        total += piece.length
-    if part:
-        yield part

@@ -43,6 +43,7 @@ from cascadefs.types import Inode
 from cascadefs.verifier import Verifier
 
 ADDRESS_DIGITS = 32  # the public address is this much of the SHA-256, as the ancestor had it
+FORGET_S = 0.5  # what was removed a moment ago frees space when the kernel forgets it
 log = logging.getLogger(__name__)
 
 
@@ -142,6 +143,11 @@ class Store:
         except FileNotFoundError:  # it was emptied meanwhile
             self.loss.suspected = True
             self.loss.look(count=True)
+            await self.mover.flush_all()
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            await trio.sleep(FORGET_S)
             await self.mover.flush_all()
 
     def close(self) -> None:

@@ -217,7 +217,8 @@ class Operations(pyfuse3.Operations):
             self._renew_attributes((parent, name), (new_parent, new_name))
             return
         with self._new_name(new_parent, new_name), self.once.operation(ctx, new_parent) as op:
-            moved, replaced = self.names.rename(parent, name, new_parent, new_name, flags, op)
+            move = partial(self.names.rename, parent, name, new_parent, new_name, flags, op)
+            moved, replaced = self.store.database.reserve.lend(move) if self.names.lookup(new_parent, new_name) else move()
         self.transport.remove_name(*((parent, name) if moved else (new_parent, new_name)))
         if replaced is not None:
             self._gone_name(new_parent, new_name, replaced.ino)

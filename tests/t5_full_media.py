@@ -16,8 +16,6 @@ from unittest import mock
 
 import pytest
 
-from cascadefs.config import MIB
-from cascadefs.reserve import RESERVE_BYTES, Reserve
 from cascadefs.store import Store
 from cascadefs.types import Home
 from tests import faults
@@ -238,22 +236,6 @@ def take_the_rest(path):
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-
-
-def test_the_reserve_is_lent_once_and_filled_again_when_there_is_plenty(disk):
-    reserve, made = Reserve(disk), disk / "made"
-    reserve.fill()
-    take_the_rest(disk / "other")
-    with pytest.raises(OSError, match="No space left"):
-        made.write_bytes(bytes(MIB))
-    reserve.lend(lambda: made.write_bytes(bytes(MIB)))
-    assert made.stat().st_size == MIB and not reserve.held
-    take_the_rest(disk / "more")
-    reserve.fill()
-    assert error_of(lambda: reserve.lend(lambda: (disk / "last").write_bytes(bytes(MIB)))) == errno.ENOSPC
-    (disk / "other").unlink()
-    reserve.fill()
-    assert reserve.held and (disk / "reserve").stat().st_blocks * 512 == RESERVE_BYTES
 
 
 def test_a_disk_that_is_really_full_can_be_emptied_and_goes_on(full_disk):

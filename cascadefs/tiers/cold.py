@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,6 +240,11 @@ class ColdTier:
         """Delete an extent without live records."""
         media.remove(self.path(number))
 
+    def room_bytes(self) -> int:
+        """What may be appended: the disk needs some of what is free to keep track of it."""
+        space = os.statvfs(self.folder)
+        return space.f_bavail * space.f_frsize // 8 * 7
+
     def allocated_bytes(self) -> int:
         """What the extents take on disk."""
         with contextlib.suppress(FileNotFoundError):  # somebody took the store away, or one extent went meanwhile
@@ -274,3 +279,16 @@ def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
         groups[-1].append(piece)
         filled += record_bytes(piece.length)
     return groups
+
+
+def parts_of(pieces: Sequence[Piece], limit_bytes: int) -> Iterator[list[Piece]]:
+    """Groups of at most `limit_bytes`, or of one piece."""
+    part, total = list[Piece](), 0
+    for piece in pieces:
+        if part and total + piece.length > limit_bytes:
+            yield part
+            part, total = [], 0
+        part.append(piece)
+        total += piece.length
+    if part:
+        yield part
