@@ -15,6 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ class Library:
             store.close()
 
     def _ask(self, question: Callable[..., Awaitable[T]], *args: Any) -> T:
-        return trio.from_thread.run(question, *args, trio_token=self._token)
+        return trio.from_thread.run(self.store.loss.retried, partial(question, *args), trio_token=self._token)
 
     @contextmanager
     def _handle(self, handle: Handle) -> Iterator[None]:

@@ -1,15 +1,20 @@
 """Somebody else emptied the memory tier, or took files out of it, while the store is open: it is noticed, made anew and told.
 
-Owns: the look, and bringing names, contents and copies to agree again by the rules of recovery.py. Never awaits. Invariants:
+Owns: the look, and bringing names, contents and copies to agree again by the rules of recovery.py. Invariants:
 (1) What programs have open is not lost (adrift.py). Of the rest a file shows its durable version, or is absent.
 (2) Afterwards every staged inode has its file or is adrift, every dirty object has a copy; what somebody is at work with is
     looked at the next time.
+(3) Whoever meets a missing file first does not hear of it: see retried(). All else never awaits.
 """
 
+import errno
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
 
 from cascadefs.adrift import copied
 from cascadefs.errors import UserError
@@ -21,6 +26,8 @@ from cascadefs.types import Home, Inode, Object
 log = logging.getLogger(__name__)
 COUNT_S = 2.0  # between two looks whether single files are missing
 RETRY_S = 8.0
+TRIES, PAUSE_S = 4, 0.02  # of one request: who takes the tier away may not be done yet
+R = TypeVar("R")
 
 
 def nobody_knows() -> None:
@@ -53,6 +60,25 @@ class Loss:
         except (OSError, UserError) as e:
             self._next_try = now + RETRY_S
             log.error("the memory tier was emptied by somebody else and cannot be made anew: %s", e)
+
+    async def retried(self, work: Callable[[], Awaitable[R]]) -> R:
+        """The result of work that changes nothing when it meets a missing file of the tier: that is seen to at once, and it is
+        done again. To a program ENOENT would say that there is no such name."""
+        for turn in range(1, TRIES):
+            try:
+                return await work()
+            except OSError as e:
+                if not self._is_of_tier(e):
+                    raise
+            self.suspected = True
+            self.look(count=True)
+            await trio.sleep(PAUSE_S * (turn - 1))
+        return await work()
+
+    def _is_of_tier(self, e: OSError) -> bool:
+        """Whether an error tells of a file of the tier that is not there: a name in the namespace begins with no slash."""
+        found = e.__cause__ if isinstance(e.__cause__, OSError) else e
+        return found.errno == errno.ENOENT and str(found.filename).startswith(f"{self._memory.folder}/")
 
     def _look(self, count: bool) -> None:
         if not self._memory.is_whole() or not self._ring.is_there():

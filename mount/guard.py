@@ -22,13 +22,14 @@ R = TypeVar("R")
 
 def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
     """Wrap one handler. It sees the files that the transport has made. The answers of others are delivered before its own is
-    written: the socket always has room."""
+    written: the socket always has room. What somebody took out of memory is no error of a handler's."""
 
     @functools.wraps(handler)
     async def run(operations: Any, *args: Any) -> R:
         try:
             operations.answered.prepare(handler.__name__)
-            return await handler(operations, *args)
+            result: R = await operations.store.loss.retried(functools.partial(handler, operations, *args))
+            return result
         except pyfuse3.FUSEError:
             raise
         except Exception as e:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 import trio
@@ -125,3 +126,37 @@ async def test_names_that_the_transport_told_are_not_lost_with_the_ring(slow_sea
         store.ring.memory[200:203] = b"new"
         path = store.residency.memory.folder / "names/ring"
         assert path.read_bytes()[200:203] == b"new"
+
+
+async def test_whoever_meets_it_first_does_not_hear_of_it(slow_seal, emptied):
+    """Nothing has looked in between: the first that misses a file does."""
+    async with opened(slow_seal) as store:
+        retried = store.loss.retried
+        for turn in range(3):
+            await retried(partial(store.put, "f", b"d" * 9000))
+            await store.put("g", b"e" * 9000)
+            await store.flush()
+            ino = store.find("f").ino
+            emptied(store.residency.memory.folder)
+            assert await retried(partial(store.get, "f")) == b"d" * 9000
+            emptied(store.residency.memory.folder)
+            await retried(partial(store.files.truncate, ino, 5))
+            assert await retried(partial(store.get, "f")) == b"ddddd"
+            emptied(store.residency.memory.folder)
+            await retried(partial(store.put, f"new{turn}", b"new"))
+            assert await retried(partial(store.get, f"new{turn}")) == b"new"
+            assert await retried(partial(store.get, "g")) == b"e" * 9000
+            store.files.release(await retried(partial(store.files.open, store.find("g").ino, writable=True)))
+
+
+async def test_a_name_that_is_absent_is_still_absent(slow_seal):
+    async with opened(slow_seal) as store:
+        calls = []
+
+        async def look_for_it():
+            calls.append(1)
+            return store.find("nothing")
+
+        with pytest.raises(FileNotFoundError):
+            await store.loss.retried(look_for_it)
+        assert len(calls) == 1 and not store.loss.suspected

@@ -166,6 +166,30 @@ def test_the_keeper_has_the_lock_of_the_new_tier(one_mode, emptied):
     wait_until(is_held)
 
 
+@pytest.mark.parametrize("emptied", [empty, umount])
+def test_programs_see_durable_files_and_make_new_ones_right_after_it_was_emptied(mount, emptied):
+    """ENOENT would tell a cache that it has no such key. Each thing in turn is the first to meet it."""
+    mount.start("--seal", "flush")
+    names = [f"durable{i}" for i in range(4)]
+    for name in names:
+        (mount.path / name).write_bytes(name.encode() * 5000)
+    first = [
+        lambda: [(mount.path / name).read_bytes() for name in names],
+        lambda: (mount.path / f"new{turn}").write_bytes(b"new"),
+        lambda: os.truncate(mount.path / names[0], len(names[0]) * 5000),
+        lambda: (mount.path / names[1]).open("ab").close(),
+        lambda: os.pwrite((file := (mount.path / names[2]).open("r+b", buffering=0)).fileno(), b"d", 0) and file.close(),
+    ]
+    for turn in range(2 * len(first)):
+        mount.flush()
+        wait_until((mount.memory / "staged").exists)
+        emptied(mount)
+        for work in first[turn % len(first) :] + first[: turn % len(first)]:
+            work()
+        assert [(mount.path / name).read_bytes() for name in names] == [name.encode() * 5000 for name in names]
+        assert (mount.path / f"new{turn}").read_bytes() == b"new"
+
+
 def wait_until(holds):
     end = time.monotonic() + 60
     while not holds():
