@@ -78,7 +78,7 @@ class Loss:
     def _is_of_tier(self, e: OSError) -> bool:
         """Whether an error tells of a file of the tier that is not there: a name in the namespace begins with no slash."""
         found = e.__cause__ if isinstance(e.__cause__, OSError) else e
-        return found.errno == errno.ENOENT and str(found.filename).startswith(f"{self._memory.folder}/")
+        return found.errno == errno.ENOENT and f"{found.filename}/".startswith(f"{self._memory.folder}/")
 
     def _look(self, count: bool) -> None:
         if not self._memory.is_whole() or not self._ring.is_there():

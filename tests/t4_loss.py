@@ -28,7 +28,13 @@ def take_files(folder):
             path.unlink()
 
 
-WAYS = {"emptied": empty, "unmounted": umount, "files": take_files}
+def take_folder(folder):
+    if os.path.ismount(folder):
+        umount(folder)
+    shutil.rmtree(folder)
+
+
+WAYS = {"emptied": empty, "unmounted": umount, "files": take_files, "gone": take_folder}
 
 
 @pytest.fixture(params=list(WAYS))

@@ -82,7 +82,8 @@ class ShmTier(FileTier):
         now = time.monotonic()
         if now >= self._counted_until:
             self._counted_until = now + (COUNT_S if self.own_mount else COUNT_PLAIN_S)
-            self._used = self._count()
+            with contextlib.suppress(FileNotFoundError):  # somebody took the folder away: loss.py will see
+                self._used = self._count()
         return self._used
 
     def _count(self) -> int:
@@ -143,7 +144,10 @@ class ShmTier(FileTier):
     def room_ahead(self) -> int:
         """Bytes that may be allocated before they are needed: a quarter of what the kernel still gives, within an eighth of
         the capacity."""
-        space = os.statvfs(self.folder)
+        try:
+            space = os.statvfs(self.folder)
+        except FileNotFoundError:
+            return 0
         return min(space.f_bavail * space.f_frsize // 4, max(self.capacity_bytes // 8, AHEAD_BYTES)) if self.own_mount else 0
 
     def copy_in(self, source_fd: int, path: str) -> None:
