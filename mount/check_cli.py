@@ -90,6 +90,7 @@ SHM_DIR = click.option(
 @SHM_DIR
 def fsck(store: Path, repair: bool, as_document: bool, shm_dir: Path | None) -> None:
     """Check every byte of an unmounted STORE. Exit code 0: clean, 1: repaired, 2: damage left."""
+    store = mountinfo.resolve(store)
     with progress_bar() as progress:
         outcome = checks.run(store, _shm_dir(shm_dir), repair, progress)
     if as_document:
@@ -108,6 +109,7 @@ def rebuild_index(store: Path, as_document: bool, shm_dir: Path | None) -> None:
 
     Every flushed file comes back with its name and attributes as of the last flush. Exit code 2: a file is lost.
     """
+    store = mountinfo.resolve(store)
     with progress_bar() as progress:
         result = rebuild(store, _shm_dir(shm_dir), lambda done, total: progress("reading extents", done, total))
     if as_document:
@@ -129,9 +131,9 @@ def verify(target: Path, as_document: bool, shm_dir: Path | None) -> None:
     path = mountinfo.resolve(target)
     if path in {m.path for m in mountinfo.ours()}:
         _verify_mount(path, as_document)
-    elif (target / "store.json").exists():
+    elif (path / "store.json").exists():
         with progress_bar() as progress:
-            outcome = checks.run(target, _shm_dir(shm_dir), False, progress)
+            outcome = checks.run(path, _shm_dir(shm_dir), False, progress)
         if as_document:
             click.echo(json.dumps(checks.document(outcome), indent=2))
         else:

@@ -17,7 +17,7 @@ import humanfriendly
 from cascadefs.config import load
 from cascadefs.database import claim, read_identity
 from cascadefs.errors import StoreError, UserError
-from cascadefs.mount import asking, device
+from cascadefs.mount import asking, device, mountinfo
 from cascadefs.tiers import owner
 from cascadefs.tiers.owner import Owner
 from cascadefs.tiers.shm import drop_folder
@@ -53,6 +53,7 @@ def claimed(store: Path) -> int:
 @click.argument("store", type=click.Path(path_type=Path))
 def new_id(store: Path) -> None:
     """Tell a copied STORE that it is a store of its own, to live beside its original."""
+    store = mountinfo.resolve(store)
     lock = claimed(store)
     try:
         click.echo(f"{store} is copy {owner.new_copy_id(store)} from now on")
@@ -168,7 +169,7 @@ def drop(store: Path | None, orphans: bool, expired: bool, force: bool, shm_dir:
     if (store is not None) + orphans + expired != 1:
         raise UserError("say what is to be dropped: a STORE, --orphans or --expired")
     if store is not None:
-        _drop_of(store, shm_dir, force)
+        _drop_of(mountinfo.resolve(store), shm_dir, force)
     elif orphans:
         _drop_orphans(shm_dir, force)
     else:

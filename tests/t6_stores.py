@@ -1,6 +1,7 @@
 """`cascadefs list` and `drop`, and how long memory stays after umount."""
 
 import json
+import os
 import shutil
 import time
 
@@ -85,3 +86,19 @@ def test_what_cannot_be_dropped_is_one_line(tmp_path):
         assert done.returncode == 1 and done.stderr.startswith("cascadefs: ") and done.stderr.count("\n") == 1
     refused = cascadefs("config", "show", env={"CASCADEFS_KEEP_MEMORY": "for ever"})
     assert refused.returncode == 1 and "boot" in refused.stderr
+
+
+def test_each_command_follows_the_name_of_a_store_as_the_kernel_does(mount, tmp_path, monkeypatch):
+    (tmp_path / "real/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/deep")
+    (tmp_path / "named").symlink_to("real/store")
+    monkeypatch.chdir(tmp_path)
+    assert cascadefs("mount", mount.path, "--store", "link/../store", *mount.options).returncode == 0
+    (mount.path / "f").write_bytes(b"x")
+    assert cascadefs("umount", mount.path).returncode == 0
+    assert os.path.exists("real/store/store.json") and not os.path.exists("store")
+    for typed in ("link/../store", "named", "named/"):
+        for command in ("fsck", "verify", "rebuild-index", "new-id"):
+            done = cascadefs(command, typed)
+            assert done.returncode == 0, (command, typed, done.stderr)
+        assert cascadefs("drop", typed).returncode == 0

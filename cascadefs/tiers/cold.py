@@ -241,8 +241,12 @@ class ColdTier:
         media.remove(self.path(number))
 
     def room_bytes(self) -> int:
-        """What may be appended: the disk needs some of what is free to keep track of it."""
-        space = os.statvfs(self.folder)
+        """What may be appended: the disk needs some of what is free to keep track of it. Nothing where somebody took the store
+        away."""
+        try:
+            space = os.statvfs(self.folder)
+        except FileNotFoundError:
+            return 0
         return space.f_bavail * space.f_frsize // 8 * 7
 
     def allocated_bytes(self) -> int:
