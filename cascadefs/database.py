@@ -276,9 +276,12 @@ class Database:
         staged = self.folder / "parking" / "staged"
         names = [self.folder / name for name in ("index.db", "index.db-wal", "index.db-shm", "cascadefs.log")]
         try:
-            if (self.folder / "index.db").exists() and os.lstat(self.folder / "index.db").st_nlink > 1:
-                for path in (*names, *(staged.iterdir() if staged.is_dir() else ())):
-                    media.make_own(path)
+            index = self.folder / "index.db"
+            is_linked = index.exists() and os.lstat(index).st_nlink > 1
+            if is_linked and staged.is_dir():  # else two names of a file there are ours
+                names += staged.iterdir()
+            for path in names:
+                media.make_own(path)
         except OSError as e:
             what = f"the store {self.folder} shares files with a copy (hard links), and they cannot be copied: {e.strerror}"
             raise StoreError(f"{what}; free space, or make the copy with cp -a") from e
