@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import memory_of, opened, wipe_memory
+from stores import memory_of, opened, pause, wipe_memory
 
 from cascadefs import fsck
 from cascadefs.namespace import ROOT
 from cascadefs.rebuild import rebuild
 from cascadefs.store import Store
-from cascadefs.tiers import owner
+from cascadefs.tiers import owner, shm
 
 
 @pytest.fixture
@@ -138,3 +138,17 @@ def test_a_released_tier_leaves_nothing(slow_seal):
     store.release_memory()
     store.close()
     assert list(Path(slow_seal.shm_dir).iterdir()) == []
+
+
+async def test_files_of_a_plain_folder_are_not_hidden_below_a_tmpfs(slow_seal, in_memory, monkeypatch):
+    settings = replace(slow_seal, shm_dir=in_memory)
+    with monkeypatch.context() as without_privilege:
+        without_privilege.setattr(shm, "_mount_tmpfs", lambda *_: "Operation not permitted")
+        async with opened(settings) as store:
+            await store.put("sealed", b"s" * 5000)
+            pause(store)
+            await store.mover.sealer.seal(store.namespace.lookup(ROOT, b"sealed").ino)
+            await store.put("staged", b"t" * 5000)
+    async with opened(settings) as store:
+        assert not store.residency.memory.own_mount
+    assert await names_in(settings) == {"sealed": b"s" * 5000, "staged": b"t" * 5000}

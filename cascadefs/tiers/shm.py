@@ -29,6 +29,7 @@ ROOMY_BYTES = 256 << 20  # what a writer may write while nobody looks
 DIRENT_BYTES, TMPFS_MAGIC = 20, 0x01021994
 AHEAD_BYTES = 512 << 20  # 50 ms of a writer of 10 GB/s
 COUNT_S, COUNT_PLAIN_S = 0.002, 0.02  # at 20 GB/s 2 ms are 40 MB; a plain folder is counted file by file
+OLDER_FILES = "it was a plain folder before, and has files"
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MNT_DETACH = 2, 4, 32, 2
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,6 +49,12 @@ def _mount_tmpfs(folder: Path, flags: int, size_bytes: int) -> str | None:
     if _libc.mount(b"cascadefs-memory", os.fsencode(folder), b"tmpfs", flags, options.encode()) == 0:
         return None
     return os.strerror(ctypes.get_errno())
+
+
+def _would_hide(folder: Path) -> bool:
+    """Whether a plain folder has files already: of a time when we might not mount. A tmpfs over them would lose them."""
+    parts = [folder / part for part in PARTS]
+    return not os.path.ismount(folder) and any(part.is_dir() and any(part.iterdir()) for part in parts)
 
 
 class ShmTier(FileTier):
@@ -71,7 +78,7 @@ class ShmTier(FileTier):
             claim.sign(folder)  # below the tmpfs, for those who do not see that: another mount namespace
         limit = self._wanted + int(available_memory() * BURST_SHARE)
         flags = MS_NOSUID | MS_NODEV | (MS_REMOUNT if os.path.ismount(folder) else 0)
-        self.why_not = _mount_tmpfs(folder, flags, limit)
+        self.why_not = OLDER_FILES if _would_hide(folder) else _mount_tmpfs(folder, flags, limit)
         self.own_mount = os.path.ismount(folder)
         self.huge = self.own_mount and self.why_not is None
         claim.hold(folder)
