@@ -215,12 +215,16 @@ async def test_no_statement_looks_at_all_that_is_there(slow_seal, way):
             store.database.connection.set_progress_handler(None, 0)
             return len(made)
 
+        async def least(name):
+            """Of three: background work comes in between."""
+            return min([await steps(f"{name} {turn}") for turn in range(3)])
+
         await steps("warm")
-        few = await steps("few")
+        few = await least("few")
         for number in range(400):
             await store.put(f"f{number}", os.urandom(5000))
         await store.flush()
-        assert 10 < await steps("many") < 2 * few
+        assert 10 < await least("many") < 2 * few
 
 
 async def test_a_file_that_is_cut_while_it_is_compared_is_durable_as_it_was_read(slow_seal, monkeypatch):
