@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from cascadefs import media
+from cascadefs.errors import GONE
 from cascadefs.live import Source
 from cascadefs.namespace import Namespace
 from cascadefs.residency import Residency
@@ -66,7 +67,7 @@ class Adrift:
         """A file of a tmpfs that was unmounted has a name, too, but not here."""
         try:
             named = os.lstat(self._residency.tier_of(home).staged_path(source.ino))
-        except FileNotFoundError:
+        except GONE:
             return False
         return os.path.samestat(named, os.fstat(source.fd))
 

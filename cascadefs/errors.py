@@ -8,6 +8,8 @@ import errno
 import os
 import sqlite3
 
+GONE = (FileNotFoundError, NotADirectoryError)  # there is no such file; what was its folder may be one by now
+
 
 class UserError(Exception):
     """The user can put it right; str() is one line."""

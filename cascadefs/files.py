@@ -26,13 +26,13 @@ from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.crash import point
 from cascadefs.database import Database
 from cascadefs.descriptors import keep_reserve
-from cascadefs.errors import os_error
+from cascadefs.errors import GONE, os_error
 from cascadefs.gaps import Gaps
 from cascadefs.live import Handle, Live, Source, Sources
 from cascadefs.namespace import Namespace
 from cascadefs.owners import Owners
 from cascadefs.read_ahead import ReadAhead
-from cascadefs.residency import NO_ROOM, Residency
+from cascadefs.residency import NO_ROOM_OR_GONE, Residency
 from cascadefs.types import Home, Inode, Location, Object
 from cascadefs.written import Blind, Kept, Tracker
 
@@ -97,7 +97,7 @@ class Files:
 
     def _cut_padding(self, inode: Inode) -> None:
         path = self.staged_path(inode)
-        with contextlib.suppress(FileNotFoundError):  # it lies elsewhere since the memory tier went
+        with contextlib.suppress(*GONE):  # it lies elsewhere since the memory tier went
             media.cut_padding(path, os.lstat(path))
 
     def quiet_s(self, now: float) -> float:
@@ -374,7 +374,7 @@ class Files:
         try:
             return self.residency.tier_of(home).create_staged(ino), home
         except OSError as e:
-            if home == Home.COLD or e.errno not in (*NO_ROOM, errno.ENOENT):  # somebody took the folder away: loss.py
+            if home == Home.COLD or e.errno not in NO_ROOM_OR_GONE:
                 raise
         return self.residency.parking.create_staged(ino), Home.COLD
 
@@ -402,7 +402,7 @@ class Files:
             except OSError as e:
                 with contextlib.suppress(OSError):
                     tier.drop_staged(ino)
-                if home == Home.COLD or e.errno not in (*NO_ROOM, errno.ENOENT):
+                if home == Home.COLD or e.errno not in NO_ROOM_OR_GONE:
                     raise
                 home = Home.COLD
             else:
@@ -459,7 +459,7 @@ class Files:
             return inode
         try:
             found = os.lstat(self.staged_path(inode))
-        except FileNotFoundError:  # a creation that failed half-way, and whose name could not be taken back
+        except GONE:  # a creation that failed half-way, and whose name could not be taken back
             if not self.adrift.look(inode.ino):
                 return inode
             found = os.stat(self.adrift.path(inode.ino) or "")

@@ -8,6 +8,7 @@ has left. Never awaits.
 import os
 
 from cascadefs import media
+from cascadefs.errors import GONE
 from cascadefs.tiers.files import FileTier
 from cascadefs.tiers.pages import PageSizes
 
@@ -23,7 +24,7 @@ class Gaps:
         """An inode with a staged file in memory has a writer, or a new length."""
         try:
             state = os.lstat(self._memory.staged_path(ino))
-        except FileNotFoundError:
+        except GONE:
             self.forget(ino)
             return
         if media.has_gaps(state):

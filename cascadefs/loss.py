@@ -47,6 +47,7 @@ class Loss:
         self._next_count = self._next_try = 0.0
         self.suspected = False  # a file of the tier was not there
         self.times = 0
+        self._folders = {self._memory.folder}  # where it has been
         self.before: Callable[[], None] = nobody_knows  # whoever keeps files of the tier for later lets go of them
         self.fell_back: Callable[[int, list[tuple[int, bytes]]], None] = nobody_cached  # an inode, and the names that it lost
 
@@ -78,7 +79,8 @@ class Loss:
     def _is_of_tier(self, e: OSError) -> bool:
         """Whether an error tells of a file of the tier that is not there: a name in the namespace begins with no slash."""
         found = e.__cause__ if isinstance(e.__cause__, OSError) else e
-        return found.errno == errno.ENOENT and f"{found.filename}/".startswith(f"{self._memory.folder}/")
+        is_gone = found.errno in (errno.ENOENT, errno.ENOTDIR)
+        return is_gone and any(f"{found.filename}/".startswith(f"{folder}/") for folder in self._folders)
 
     def _look(self, count: bool) -> None:
         if not self._memory.is_whole() or not self._ring.is_there():
@@ -95,6 +97,7 @@ class Loss:
         """Folders of the tier are gone."""
         self.before()
         self._memory.renew()
+        self._folders.add(self._memory.folder)
         self._ring.renew(self._memory.folder)
         self._settle()
 

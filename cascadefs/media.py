@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cascadefs.doors import open_private, private_folder, truncate_private
+from cascadefs.errors import GONE
 from cascadefs.ext.hashing import zero_runs
 from cascadefs.record import ALIGN
 
@@ -243,7 +244,7 @@ def make_folder(path: Path) -> bool:
 
 def remove(path: Path | str) -> None:
     """Unlink a file; no error when there is none."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(*GONE):
         os.unlink(path)
 
 

@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from cascadefs.config import NAME_MAX
 from cascadefs.doors import open_private, private_folder
-from cascadefs.errors import StoreError, os_error
+from cascadefs.errors import GONE, StoreError, os_error
 
 MAP_FIXED = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -192,6 +192,7 @@ class NameRing:
     def renew(self, folder: Path) -> None:
         """Its file was taken away: another one takes its place under the same addresses: the transport need not know."""
         private_folder(folder / PLACE[0])
+        self._path = folder.joinpath(*PLACE)
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         fd = open_private(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -233,7 +234,7 @@ class NameRing:
     def close(self) -> None:
         """The store is closed: a ring with nothing in it goes, and is made anew by the next opening."""
         if not self.pending(self.put):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*GONE):
                 self._path.unlink()
 
     def settle(self, put: int) -> None:

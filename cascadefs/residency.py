@@ -41,6 +41,7 @@ EMPTY_SHARE = 1 / 4  # of a block in pages of zeros: then they are left out, whi
 LOOKED_AT = 64  # of the copies that somebody has mapped, each time
 LARGE_BYTES = 64 << 20
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)  # what a full memory tier answers
+NO_ROOM_OR_GONE = (*NO_ROOM, errno.ENOENT, errno.ENOTDIR)  # somebody took the tier's folder away: loss.py
 
 
 @dataclass(eq=False, slots=True)

@@ -21,7 +21,7 @@ import trio
 from cascadefs import media
 from cascadefs.config import Settings
 from cascadefs.database import Database
-from cascadefs.errors import StoreError, os_error
+from cascadefs.errors import GONE, StoreError, os_error
 from cascadefs.files import Files
 from cascadefs.index import Index
 from cascadefs.live import Handle, Sources
@@ -140,7 +140,7 @@ class Store:
         self.loss.look(count=True)
         try:
             await self.mover.flush_all()
-        except FileNotFoundError:  # it was emptied meanwhile
+        except GONE:  # it was emptied meanwhile
             self.loss.suspected = True
             self.loss.look(count=True)
             await self.mover.flush_all()

@@ -61,6 +61,9 @@ class Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse and run."""
         hold_standard_streams()
+        if not args and not kwargs and is_asked_by_mount(sys.argv[1:]):
+            mount_helper()
+            sys.exit(0)
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -74,6 +77,11 @@ class Group(click.Group):
                 raise
             click.echo(f"cascadefs: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", err=True)
         sys.exit(1)
+
+
+def is_asked_by_mount(words: list[str]) -> bool:
+    """Whether mount.fuse3 calls us (STORE MOUNTPOINT -o options), as mount(8) makes it do where our helper is not installed."""
+    return len(words) == 4 and words[2] == "-o" and os.path.isabs(words[1]) and words[0] not in (*main.commands, *ELSEWHERE)
 
 
 def hold_standard_streams() -> None:

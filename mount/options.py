@@ -25,7 +25,8 @@ OPPOSITES = {
 # For mount(8) alone. "user" and its kin come with the flags that they imply.
 FOREIGN = {"defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail",
            "_netdev", "nostrictmount"}  # fmt: skip
-FOREIGN_KEYS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=", "fsname=", "subtype=")
+# The last two stand in the kernel's list of a mount, from where mount(8) takes them when it is told to remount.
+FOREIGN_KEYS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=", "fsname=", "subtype=", "user_id=", "group_id=")
 # Of the kernel's FUSE or of security modules: handed on as they are. default_permissions is always set.
 KERNEL = {"default_permissions", "allow_other"}
 KERNEL_KEYS = ("max_read=", "context=", "fscontext=", "defcontext=", "rootcontext=")

@@ -16,6 +16,7 @@ from cascadefs.mount.options import FLAGS, parse, parse_helper
         ("rw,ro", ("ro",)),
         ("strictatime,lazytime,norelatime,sync,async", ("strictatime", "lazytime")),
         ("remount,ro", ("remount", "ro")),
+        ("rw,remount,user_id=0,group_id=0", ("remount",)),
         (",,ro,", ("ro",)),
     ],
 )

@@ -116,6 +116,19 @@ def test_a_record_that_makes_no_sense_is_nobodys(places, junk):
     assert owner.read_memory(store) is None and opened(store, shm) != tier
 
 
+def test_a_field_that_makes_no_sense_is_nobodys(places):
+    store, shm = places
+    tier = opened(store, shm)
+    for path, read in ((tier.joinpath(*owner.RECORD), owner.read_owner), (store / owner.MEMORY, owner.read_memory)):
+        good = path.read_text()
+        for name in json.loads(good):
+            for wrong in ([], {"a": 1}):
+                path.write_text(json.dumps(json.loads(good) | {name: wrong}))
+                assert read(path.parent.parent if path.name == "record" else store) is None, (path.name, name)
+        path.write_text(good)
+    assert opened(store, shm) == tier
+
+
 def test_a_tier_in_use_is_not_locked_by_who_would_drop_it(places):
     claim = Claim(*places, ID)
     claim.announce()

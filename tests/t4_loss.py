@@ -11,6 +11,7 @@ from recount import recount
 from stores import opened
 
 from cascadefs.namespace import ROOT
+from cascadefs.tiers import owner
 
 
 def empty(folder):
@@ -66,6 +67,57 @@ async def test_what_was_durable_is_shown_again_and_the_rest_is_absent(slow_seal,
         await store.flush()
         folder = store.residency.memory.folder
     assert recount(slow_seal.store, folder) == []
+
+
+def put_file(folder):
+    folder.write_text("somebody's")
+
+
+def put_link(folder):
+    (folder.parent / "precious").mkdir(exist_ok=True)
+    (folder.parent / "precious/staged").mkdir(exist_ok=True)
+    folder.symlink_to("precious")
+
+
+def put_tier(folder):
+    """Of another store."""
+    folder.mkdir(mode=0o700)
+    owner.write_owner(folder, owner.Owner("/elsewhere", 1, 1, "0" * 32, "1" * 32))
+
+
+@pytest.mark.parametrize("put", [put_file, put_link, put_tier])
+@pytest.mark.parametrize("first", ["flush", "read"])
+async def test_where_something_else_has_its_place_it_gets_another(slow_seal, put, first):
+    async with opened(slow_seal) as store:
+        await store.put("durable", b"d" * 9000)
+        await store.flush()
+        await store.put("absent", b"a" * 9000)
+        before = store.residency.memory.folder
+        take_folder(before)
+        put(before)
+        left = {str(path): path.read_bytes() for path in before.rglob("*") if path.is_file()}
+        if first == "flush":
+            await store.flush()
+        assert await store.loss.retried(partial(store.get, "durable")) == b"d" * 9000
+        await store.put("after", b"goes on" * 99)
+        assert await names_in(store) == {"durable": b"d" * 9000, "after": b"goes on" * 99}
+        now = store.residency.memory.folder
+        assert now != before and now.parent == before.parent and store.residency.memory.used_bytes() > 0
+    async with opened(slow_seal) as store:
+        assert store.residency.memory.folder == now
+        assert await names_in(store) == {"durable": b"d" * 9000, "after": b"goes on" * 99}
+        await store.flush()
+    assert recount(slow_seal.store, now) == []
+    assert left == {str(path): path.read_bytes() for path in before.rglob("*") if path.is_file()}
+
+
+async def test_the_folder_of_all_tiers_is_made_anew_too(slow_seal):
+    async with opened(slow_seal) as store:
+        await store.put("durable", b"d" * 9000)
+        await store.flush()
+        take_folder(store.residency.memory.folder)
+        shutil.rmtree(store.residency.memory.folder.parent)
+        assert await store.loss.retried(partial(store.get, "durable")) == b"d" * 9000
 
 
 async def test_it_is_noticed_without_being_asked(slow_seal, emptied):

@@ -50,6 +50,18 @@ def test_remount_changes_flags_and_refuses_settings(one):
     (one.path / "f").touch()
 
 
+def test_mount_fuse_remounts_without_our_helper(one):
+    """mount(8) finds mount.fuse3 then, which calls the command by its name."""
+    one.start()
+    known = "user_id=0,group_id=0,default_permissions,allow_other"
+    for asked in ("ro", "rw"):
+        done = cascadefs(one.store, one.path, "-o", f"{asked},relatime,remount,{known}")
+        assert done.returncode == 0 and asked in options_of(one.path), done.stderr
+    done = cascadefs(one.store, one.path, "-o", "remount,shm_size=128MiB")
+    assert done.returncode == 32 and "cannot be changed" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert cascadefs("no-command", "-o", "ro").returncode == 2
+
+
 def test_what_the_helper_refuses_and_how(one):
     for words, code, told in (
         (["-o", "bogus"], 1, "bogus"),

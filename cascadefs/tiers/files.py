@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cascadefs import media
 from cascadefs.doors import is_ours
+from cascadefs.errors import GONE
 from cascadefs.ext import digest_names
 
 PARTS = ("staged", "objects", "private")
@@ -29,9 +30,7 @@ class FileTier:
     """The memory tier is one (on tmpfs), the staging folder of the cold tier another (on disk)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.make_folders(folder)
-        self.staged_folder, self._objects, self._private = (str(folder / part) for part in PARTS)
+        self._settle_in(folder)
         # 0 bytes each until Residency.take_copies() tells. Whose a file is, is looked at when it is opened: a stat each.
         self.objects, others = digest_names.listed(self._objects)
         for name in others:
@@ -41,8 +40,10 @@ class FileTier:
             else:
                 _remove_foreign(path)
 
-    def make_folders(self, folder: Path) -> None:
-        """Those that are missing."""
+    def _settle_in(self, folder: Path) -> None:
+        """It lies there from now on; folders that are missing are made."""
+        self.folder = folder
+        self.staged_folder, self._objects, self._private = (str(folder / part) for part in PARTS)
         for part in (folder, *(folder / name for name in PARTS)):
             media.make_folder(part)
 
@@ -74,7 +75,7 @@ class FileTier:
         """Whether the mutable bytes of an inode are here."""
         try:
             return is_ours(os.lstat(self.staged_path(ino)))
-        except FileNotFoundError:
+        except GONE:
             return False
 
     def create_staged(self, ino: int) -> int:
@@ -153,7 +154,7 @@ def _bytes_in(folder: str) -> int:
     """Without files that have another name: it counts there. A folder that somebody took away has none."""
     total = 0
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*GONE):
             state = entry.stat(follow_symlinks=False)
             total += state.st_blocks * 512 if state.st_nlink == 1 else 0
     return total
@@ -163,7 +164,7 @@ def is_used(path: str) -> bool:
     """Whether somebody reads a file: by a descriptor, or by a mapping that outlived its descriptor, which nobody else tells."""
     try:
         fd = media.open_file(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except GONE:
         return False
     try:
         return not media.is_only_opener(fd)

@@ -14,11 +14,12 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cascadefs import media
 from cascadefs.doors import private_folder
@@ -42,7 +43,7 @@ class Owner:
     store_id: str
     token: str
     is_durable: bool = False
-    until: float | None = None
+    until: int | float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,26 @@ class Memory:
     copy_id: str
 
 
+R = TypeVar("R", Owner, Memory)
+
+
 def read_owner(folder: Path) -> Owner | None:
     """None: there is no record, or none that makes sense."""
-    known = _read(folder.joinpath(*RECORD))
-    try:
-        return Owner(**known) if known else None
-    except TypeError:
-        return None
+    return _known(Owner, folder.joinpath(*RECORD))
 
 
 def read_memory(store: Path) -> Memory | None:
     """The same of a store."""
-    known = _read(store / MEMORY)
+    return _known(Memory, store / MEMORY)
+
+
+def _known(kind: type[R], path: Path) -> R | None:
+    """A record of that kind, if it is whole and each field is what it should be."""
     try:
-        return Memory(**known) if known else None
+        found = kind(**_read(path))
     except TypeError:
         return None
+    return found if all(isinstance(getattr(found, f.name), f.type) for f in fields(kind)) else None  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -250,11 +255,19 @@ class Claim:
             self._token = self.memory.token
 
     def begin_again(self) -> None:
-        """The folder was taken away, or emptied, by somebody else: the same one is made anew. StoreError when it is another
-        store's by now."""
-        owner = read_owner(self.folder) if self.folder.exists() else None
-        if owner is not None and (owner.device, owner.inode) != self._place:
-            raise StoreError(f"the memory tier {self.folder} is another store's now; unmount and mount again")
+        """The folder was taken away, or emptied, by somebody else: the same one is made anew, or where something else has its
+        place by now, another one."""
+        os.makedirs(self.folder.parent, 0o700, exist_ok=True)
+        if os.path.lexists(self.folder) and not self._is_ours():
+            self.begin_anew()
+        if self.memory is None or self.memory.folder != os.path.abspath(self.folder):
+            self.announce()
+
+    def _is_ours(self) -> bool:
+        """Whether a folder of this user's has the tier's place, and no other store."""
+        found, owner = os.lstat(self.folder), read_owner(self.folder)
+        is_others = owner is not None and (owner.device, owner.inode) != self._place
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not is_others
 
     def sign(self, folder: Path) -> None:
         """The tier says whose it is, and that it may hold what nobody else has."""

@@ -25,6 +25,13 @@ class PageSizes:
         self._wanted_by: set[Hashable] = set()
         self._lock = Lock()
 
+    def move(self, folder: Path | None) -> None:
+        """The tmpfs is another one, with huge pages so far."""
+        with self._lock:
+            self._folder = None if folder is None else os.fsencode(folder)
+            if self._wanted_by:
+                self._remount(SMALL)
+
     @property
     def are_small(self) -> bool:
         """Whether somebody wants small ones."""

@@ -18,6 +18,7 @@ import humanfriendly
 
 from cascadefs import media
 from cascadefs.doors import private_folder
+from cascadefs.errors import GONE
 from cascadefs.name_ring import PLACE as NAMES
 from cascadefs.tiers.files import PARTS, FileTier
 from cascadefs.tiers.owner import Claim, unsign
@@ -89,7 +90,7 @@ class ShmTier(FileTier):
         now = time.monotonic()
         if now >= self._counted_until:
             self._counted_until = now + (COUNT_S if self.own_mount else COUNT_PLAIN_S)
-            with contextlib.suppress(FileNotFoundError):  # somebody took the folder away: loss.py will see
+            with contextlib.suppress(*GONE):  # somebody took the folder away: loss.py will see
                 self._used = self._count()
         return self._used
 
@@ -141,10 +142,11 @@ class ShmTier(FileTier):
             os.close(self._watched.popitem()[1])
 
     def renew(self) -> None:
-        """Make anew, in its place, what somebody has taken away."""
+        """Make anew what somebody has taken away: in its place, or in another where something else has that."""
         self.claim.begin_again()
         self._mount(self.claim.folder)
-        self.make_folders(self.claim.folder)
+        self.pages.move(self.claim.folder if self.huge else None)
+        self._settle_in(self.claim.folder)
         self._watch()
         self._counted_until = 0.0
 
@@ -153,7 +155,7 @@ class ShmTier(FileTier):
         the capacity."""
         try:
             space = os.statvfs(self.folder)
-        except FileNotFoundError:
+        except GONE:
             return 0
         return min(space.f_bavail * space.f_frsize // 4, max(self.capacity_bytes // 8, AHEAD_BYTES)) if self.own_mount else 0
 
