@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 EFFECTS = {
     "index": "changes are refused, reads go on",
     "cold tier": "new data stay in memory or parking until it works again",
+    "memory tier": "it cannot be made anew; durable files are read from the disk, and new ones begin there",
 }
 
 

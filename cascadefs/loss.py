@@ -17,7 +17,7 @@ from typing import TypeVar
 import trio
 
 from cascadefs.adrift import copied
-from cascadefs.errors import UserError
+from cascadefs.errors import UserError, os_error
 from cascadefs.files import Files
 from cascadefs.name_ring import NameRing
 from cascadefs.recovery import Recovered, fall_back
@@ -53,14 +53,17 @@ class Loss:
 
     def look(self, count: bool = False) -> None:
         """Cheap; to be called often. `count`: single files, too, in any case."""
-        now = time.monotonic()
+        now, health = time.monotonic(), self._files.database.health
         if now < self._next_try and not count:
             return
         try:
             self._look(count or now >= self._next_count)
         except (OSError, UserError) as e:
             self._next_try = now + RETRY_S
-            log.error("the memory tier was emptied by somebody else and cannot be made anew: %s", e)
+            health.failed("memory tier", e if isinstance(e, OSError) else OSError(str(e)))
+            self._do_without()
+        else:
+            health.worked("memory tier")
 
     async def retried(self, work: Callable[[], Awaitable[R]]) -> R:
         """The result of work that changes nothing when it meets a missing file of the tier: that is seen to at once, and it is
@@ -74,7 +77,12 @@ class Loss:
             self.suspected = True
             self.look(count=True)
             await trio.sleep(PAUSE_S * (turn - 1))
-        return await work()
+        try:
+            return await work()
+        except OSError as e:
+            if self._is_of_tier(e):
+                raise os_error(errno.EIO, "the memory tier cannot be made anew") from e
+            raise
 
     def _is_of_tier(self, e: OSError) -> bool:
         """Whether an error tells of a file of the tier that is not there: a name in the namespace begins with no slash."""
@@ -92,6 +100,12 @@ class Loss:
     def _lacks_files(self) -> bool:
         self._next_count = time.monotonic() + COUNT_S
         return self._memory.lacks(self._files.index.count_staged(Home.MEMORY))
+
+    def _do_without(self) -> None:
+        """No tier can be made for now: what is durable is read from the extents meanwhile."""
+        for digest in [digest for digest in self._memory.objects if digest in self._residency.clean]:
+            if not os.path.lexists(self._memory.object_path(digest)):
+                self._residency.drop(self._memory, digest)
 
     def mend(self) -> None:
         """Folders of the tier are gone."""

@@ -295,8 +295,8 @@ class Residency:
         except BaseException as e:
             with contextlib.suppress(OSError):
                 media.remove(path)
-            if isinstance(e, OSError) and e.errno in NO_ROOM:
-                return False  # memory is fuller than we knew: the reader is served from the extents
+            if isinstance(e, OSError) and e.errno in NO_ROOM_OR_GONE:
+                return False  # memory is fuller than we knew, or not there: the reader is served from the extents
             raise
         finally:
             del self.under_way[found.digest]

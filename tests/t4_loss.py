@@ -1,5 +1,6 @@
 """The memory tier is emptied, or loses files, while a store is open: what is open is kept, the rest is as after a crash."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -118,6 +119,30 @@ async def test_the_folder_of_all_tiers_is_made_anew_too(slow_seal):
         take_folder(store.residency.memory.folder)
         shutil.rmtree(store.residency.memory.folder.parent)
         assert await store.loss.retried(partial(store.get, "durable")) == b"d" * 9000
+
+
+async def test_where_none_can_be_made_durable_files_are_read_and_new_ones_kept(slow_seal):
+    async with opened(slow_seal) as store:
+        get = store.loss.retried
+        await store.put("durable", b"d" * 9000)
+        await store.flush()
+        await store.put("absent", b"a" * 9000)
+        take_folder(store.residency.memory.folder)
+        shutil.rmtree(slow_seal.shm_dir)
+        slow_seal.shm_dir.write_text("somebody's")
+        for _ in range(2):
+            assert await get(partial(store.get, "durable")) == b"d" * 9000
+        await get(partial(store.put, "after", b"goes on" * 99))
+        assert await get(partial(store.get, "after")) == b"goes on" * 99
+        with pytest.raises(OSError, match="memory tier") as failure:
+            await get(partial(store.get, "absent"))
+        assert failure.value.errno == errno.EIO  # not ENOENT: it may be there still
+        assert [line for line in store.database.health.lines() if "cannot be made anew" in line]
+        slow_seal.shm_dir.unlink()
+        store.loss.look(count=True)
+        assert await names_in(store) == {"durable": b"d" * 9000, "after": b"goes on" * 99}
+        await store.flush()
+        assert not store.database.health.lines()
 
 
 async def test_it_is_noticed_without_being_asked(slow_seal, emptied):
