@@ -36,14 +36,13 @@ UNRECORDED = 8  # a worker asks for one backing id at a time; the rest is room f
 @dataclass(slots=True)
 class Opened:
     """`fd` is a descriptor of our own, for writing or to seek in, or -1; `flags` and `backing_id` as the transport knows them.
-    `outside`: the opener was not in the file's group; `is_root`: it may keep set-id bits."""
+    `outside`: the opener was not in the file's group."""
 
     handle: Handle
     fd: int
     flags: int = 0
     backing_id: int = 0
     outside: bool = False
-    is_root: bool = False
 
 
 class Handles:
@@ -80,7 +79,7 @@ class Handles:
         except BaseException:
             self.store.files.release(handle)
             raise
-        opened.outside, opened.is_root = outside, is_root
+        opened.outside = outside
         self._open[fh] = opened
         passed = self.passthrough and handle.source is not None and not handle.direct
         backing_id = handle.source.backing_id if passed and handle.source is not None else 0

@@ -327,7 +327,7 @@ class Operations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
         """SETXATTR; pyfuse3 has checked XATTR_CREATE and XATTR_REPLACE."""
         if (name, ctx.pid) == (ALLOCATION, -1):
-            await self.writes.allocate(value)
+            await self.writes.allocate(value, is_root=ctx.uid == 0)
             return
         if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
             refuse_others(ctx)

@@ -106,12 +106,12 @@ class Writes:
                 follow(path, fd, os.O_RDWR)
         return True
 
-    async def allocate(self, asked: bytes) -> None:
-        """A FALLOCATE of a file that has privileges, or that found no room. The kernel does not tell who asks: whoever opened
-        it, we say."""
+    async def allocate(self, asked: bytes, is_root: bool) -> None:
+        """A FALLOCATE of a file that has privileges, or that found no room. `is_root`: the caller may keep set-id bits; its
+        groups are not told: those of whoever opened the file count."""
         fh, offset, length, mode, _ = _ALLOCATION.unpack(asked)
         opened = self._opened(fh)
-        self.take_privileges(opened.handle.ino, may_keep_set_id=opened.is_root, outside=opened.outside)
+        self.take_privileges(opened.handle.ino, may_keep_set_id=is_root, outside=opened.outside)
         allocate = partial(self.handles.transport.allocate, opened.fd, mode, offset, length)
         try:
             await self._with_room(opened, length, allocate)

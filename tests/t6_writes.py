@@ -138,3 +138,18 @@ def test_a_nameless_file_is_gone_after_a_crash(mount):
     with pytest.raises(OSError) as refusal:
         os.open(mount.path / ".cascade", os.O_TMPFILE | os.O_RDWR, 0o600)
     assert refusal.value.errno == errno.EPERM
+
+
+def test_root_allocates_without_taking_set_id_bits_whoever_serves_its_descriptor(mount):
+    """Made in advance, opened, and of a worker that died."""
+    mount.start()
+    fds = [os.open(mount.path / name, os.O_RDWR | os.O_CREAT, 0o600) for name in ("made", "before")]
+    (mount.path / "there").write_bytes(b"there")
+    fds.append(os.open(mount.path / "there", os.O_RDWR))
+    os.fchmod(fds[1], 0o6711)
+    mount.kill_worker()
+    for fd in fds:
+        os.fchmod(fd, 0o6711)
+        os.posix_fallocate(fd, 0, 70_000)
+        assert os.fstat(fd).st_mode & 0o7777 == 0o6711
+    close_all(fds)
