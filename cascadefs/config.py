@@ -147,10 +147,10 @@ class Configuration:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_bytes().decode())
     except OSError as e:
         raise ConfigError(f"cannot read the configuration {path}: {e.strerror}; give another file with --config") from e
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:  # also: not UTF-8
         raise ConfigError(f"{path} is not valid TOML: {e}; correct it or give another file") from e
 
 

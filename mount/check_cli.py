@@ -21,12 +21,11 @@ from cascadefs import fsck as checks
 from cascadefs.config import load
 from cascadefs.errors import UserError
 from cascadefs.fsck.report import Finding, Report
-from cascadefs.mount import asking, mountinfo
+from cascadefs.mount import asking, control, mountinfo
 from cascadefs.rebuild import as_json, rebuild
 
 SHOW_AFTER_S = 2.0
 POLL_S = 0.2
-VERIFY = "user.cascade.verify"
 PATHS_SHOWN = 10
 
 
@@ -151,7 +150,7 @@ def _verify_state(mountpoint: Path) -> dict[str, Any]:
 def _verify_mount(mountpoint: Path, as_document: bool) -> None:
     try:
         runs = _verify_state(mountpoint)["runs"]
-        os.setxattr(mountpoint / ".cascade", VERIFY, b"1")
+        control.tell(mountpoint, control.VERIFY, b"1")
         with progress_bar() as progress:
             while (state := _verify_state(mountpoint))["runs"] == runs:
                 progress("verifying", state["bytes_done"], state["bytes_total"])

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import humanfriendly
@@ -64,12 +64,21 @@ class Group(click.Group):
         if not args and not kwargs and is_asked_by_mount(sys.argv[1:]):
             mount_helper()
             sys.exit(0)
-        return super().main(*args, **kwargs)
+        return super().main(*args, **{"prog_name": "cascadefs"} | kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse what stands before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as e:
+            _end_with_usage(e)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as e:
+            _end_with_usage(e)
         except UserError as e:
             click.echo(f"cascadefs: {e}", err=True)
         except OSError as e:
@@ -82,6 +91,16 @@ class Group(click.Group):
 def is_asked_by_mount(words: list[str]) -> bool:
     """Whether mount.fuse3 calls us (STORE MOUNTPOINT -o options), as mount(8) makes it do where our helper is not installed."""
     return len(words) == 4 and words[2] == "-o" and os.path.isabs(words[1]) and words[0] not in (*main.commands, *ELSEWHERE)
+
+
+def _end_with_usage(error: click.UsageError) -> NoReturn:
+    """One line and click's exit code; a group without a command shows its help, as click does."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    told = error.format_message().rstrip(".")
+    command = error.ctx.command_path if error.ctx else "cascadefs"
+    click.echo(f"cascadefs: {told[:1].lower()}{told[1:]}; see: {command} --help", err=True)
+    sys.exit(error.exit_code)
 
 
 def hold_standard_streams() -> None:
@@ -259,9 +278,11 @@ def info(path: Path, as_json: bool) -> None:
         around = asking.mount_around(path)
         if around is not None:
             asking.check_alive(around)
+        path.stat()
         told = json.loads(os.getxattr(path, "user.cascade.info"))
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give a regular file on a cascadefs mount") from e
+        why = "not one" if e.errno in (errno.ENODATA, errno.EOPNOTSUPP) else e.strerror
+        raise UserError(f"{path}: {why}; give a regular file on a cascadefs mount") from e
     if as_json:
         click.echo(json.dumps(told, indent=2))
         return
@@ -286,9 +307,9 @@ def show(file: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin, _ in rows}, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("setting", "value", "origin", "meaning")
+    table = Table("setting", Column("value", overflow="fold"), "origin", "meaning")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -18,12 +18,11 @@ import humanfriendly
 
 from cascadefs.config import load
 from cascadefs.errors import UserError
-from cascadefs.mount import asking, device, holders, mountinfo
+from cascadefs.mount import asking, control, device, holders, mountinfo
 from cascadefs.mount.mountinfo import Mounted
 
 HOLD_S, HELD_S = 2, 6  # then who holds an unmounted mount is named; then they are not waited for any more
 EXIT_S = 600  # an unmounted daemon that still flushes after ten minutes is left alone, and said so
-DROP_MEMORY, KEEP_MEMORY = "user.cascade.drop-memory", "user.cascade.keep-memory"
 
 
 def flush_all(mountpoint: Path, quiet: bool = False) -> None:
@@ -149,9 +148,9 @@ def _tell_what_stays(kept_bytes: int, keep_s: float) -> None:
 def _tell_keep(keep_s: float | None, path: Path) -> None:
     """How long the daemon keeps memory; None: as its setting says."""
     if keep_s == 0:
-        os.setxattr(path / ".cascade", DROP_MEMORY, b"1")
+        control.tell(path, control.DROP_MEMORY, b"1")
     elif keep_s is not None:
-        os.setxattr(path / ".cascade", KEEP_MEMORY, str(keep_s).encode())
+        control.tell(path, control.KEEP_MEMORY, str(keep_s).encode())
 
 
 def _unmount(path: Path) -> None:
@@ -232,8 +231,11 @@ def flush(mountpoint: Path, path: Path | None) -> None:
     if path is None:
         flush_all(root)
         return
+    path = path if path.is_absolute() or path.exists() else root / path
     try:
-        fd = os.open(path if path.is_absolute() or path.exists() else root / path, os.O_RDONLY)
+        if path.stat().st_dev != root.stat().st_dev:
+            raise UserError(f"{path} does not lie on the mount at {root}; give a path on it")
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.fsync(fd)
         finally:

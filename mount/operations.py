@@ -21,7 +21,7 @@ import trio
 from cascadefs.errors import os_error
 from cascadefs.ext.listing import DOTS
 from cascadefs.live import Handle
-from cascadefs.mount import facts, virtual
+from cascadefs.mount import control, facts, virtual
 from cascadefs.mount.answered import Answered
 from cascadefs.mount.attributes import ABSENT_S, entry, getattr_answer, statfs_of
 from cascadefs.mount.guard import guard_all
@@ -42,8 +42,6 @@ Info: TypeAlias = pyfuse3.FileInfo
 Entry: TypeAlias = pyfuse3.EntryAttributes
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 NAMELESS = b"/"  # the name that stands for none
-DROP_MEMORY, KEEP_MEMORY = b"user.cascade.drop-memory", b"user.cascade.keep-memory"
-VERIFY = b"user.cascade.verify"
 # File handles of .cascade/: this bit, the inode, and a count, so that a later worker can tell what they stand for.
 TEXT_HANDLES, TEXT_STEP, TEXT_COUNTS = 1 << 62, 1 << 48, 0xFFF << 48
 
@@ -314,8 +312,22 @@ class Operations(pyfuse3.Operations):
             return await facts.fact(self.store, inode, name)
         if ctx.pid == -1:
             return await self.others.answer(inode, name)
+        told, value = control.split(name)
+        if inode == virtual.FOLDER and told in control.NAMES and value:
+            self._hear(told, value, ctx)
+            return b""
         refuse_kind(name)
         return self.names.xattrs.get(inode, name)
+
+    def _hear(self, name: bytes, value: bytes, ctx: Context) -> None:
+        """What `control.tell` sends."""
+        refuse_others(ctx)
+        if name == os.fsencode(control.DROP_MEMORY):
+            self.drops_memory = value == b"1"
+        elif name == os.fsencode(control.KEEP_MEMORY):
+            self.store.keeps_memory_s = _seconds(value)
+        else:
+            self.store.verifier.request()
 
     async def listxattr(self, inode: int, ctx: Context) -> list[bytes]:
         """LISTXATTR."""
@@ -329,16 +341,8 @@ class Operations(pyfuse3.Operations):
         if (name, ctx.pid) == (ALLOCATION, -1):
             await self.writes.allocate(value, is_root=ctx.uid == 0)
             return
-        if (inode, name) == (virtual.FOLDER, DROP_MEMORY):
-            refuse_others(ctx)
-            self.drops_memory = value == b"1"
-            return
-        if (inode, name) == (virtual.FOLDER, KEEP_MEMORY):
-            refuse_others(ctx)
-            self.store.keeps_memory_s = _seconds(value)
-            return
-        if (inode, name) == (virtual.FOLDER, VERIFY):
-            self.store.verifier.request()
+        if inode == virtual.FOLDER and name in control.NAMES:
+            self._hear(name, value, ctx)
             return
         refuse_virtual(inode)
         refuse_fact(name)

@@ -114,7 +114,10 @@ def _mounts() -> Iterator[dict[str, Any]]:
 
 
 def _shm_dirs(given: Path | None) -> list[Path]:
-    return [Path(load({"shm_dir": given}, os.environ, None).settings.shm_dir)]
+    found = Path(load({"shm_dir": given}, os.environ, None).settings.shm_dir)
+    if given is not None and not found.is_dir():
+        raise UserError(f"{given} is not a folder; give the one that memory tiers lie in with --shm-dir")
+    return [found]
 
 
 SHM_DIR = click.option("--shm-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where tiers are (default: /dev/shm).")

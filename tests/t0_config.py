@@ -45,7 +45,8 @@ def test_unknown_variables_are_said_and_ignored():
 
 def test_a_broken_or_missing_file_is_said(tmp_path):
     (tmp_path / "bad.toml").write_text("= =")
-    for name, word in (("bad.toml", "TOML"), ("none.toml", "cannot read")):
+    (tmp_path / "latin.toml").write_bytes(b'store = "/caf\xe9"')
+    for name, word in (("bad.toml", "TOML"), ("latin.toml", "TOML"), ("none.toml", "cannot read")):
         with pytest.raises(ConfigError, match=word):
             config.load({}, {}, tmp_path / name)
 

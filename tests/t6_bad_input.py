@@ -114,3 +114,34 @@ def test_unknown_names_have_the_right_errno(tmp_path):
         assert caught.value.errno == errno.EFBIG
     finally:
         mount.clean()
+
+
+def test_usage_is_one_line_that_names_the_help():
+    for words, told in (
+        (("--bogus",), "see: cascadefs --help"),
+        (("bogus",), "see: cascadefs --help"),
+        (("mount",), "see: cascadefs mount --help"),
+        (("mount", "--bogus", "m"), "see: cascadefs mount --help"),
+        (("bench", "io", "--repeats", "0"), "see: cascadefs bench io --help"),
+    ):
+        done = cascadefs(*words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+    assert "Commands:" in cascadefs("bench").stderr
+
+
+def test_paths_that_are_not_there_or_elsewhere(tmp_path):
+    need_root_and_fuse()
+    (tmp_path / "file").touch()
+    assert "No such file" in refused("info", tmp_path / "absent")
+    assert "not one" in refused("info", tmp_path / "file")
+    for command in ("list", "drop"):
+        assert "is not a folder" in refused(command, "--shm-dir", tmp_path / "absent", *["--orphans"] * (command == "drop"))
+    mount = Mount(tmp_path, "--shm-size", "64MiB").start()
+    try:
+        (mount.path / "f").touch()
+        assert "does not lie on the mount" in refused("flush", mount.path, tmp_path / "file")
+        assert "does not lie on the mount" in refused("flush", mount.path, "../file")
+        for word in ("f", mount.path / "f"):
+            assert cascadefs("flush", mount.path, word).returncode == 0
+    finally:
+        mount.clean()

@@ -15,6 +15,7 @@ from conftest import AS_NOBODY, cascadefs, need_root_and_fuse
 
 from cascadefs.mount import asking, holders, mountinfo
 from cascadefs.mount.leaving import is_running
+from cascadefs.tiers import owner
 
 
 def kill_all(mount):
@@ -322,3 +323,16 @@ def test_a_store_that_somebody_deleted_keeps_nobody_from_leaving(mount):
     done = cascadefs("umount", "--drop-memory", mount.path)
     assert done.returncode == 0, done.stderr
     assert not os.path.ismount(mount.path) and not mount.store.exists()
+
+
+@pytest.mark.parametrize("option", ["--drop-memory", "--force", "--keep-memory"])
+def test_a_read_only_mount_is_verified_and_left_like_another(mount, option):
+    mount.start()
+    (mount.path / "f").write_bytes(b"x" * 1000)
+    memory = mount.memory
+    mount.stop()
+    mount.start("-o", "ro")
+    assert cascadefs("verify", mount.path).returncode == 0
+    mount.stop(*{"--force": ("--force", "--drop-memory"), "--keep-memory": ("--keep-memory", "boot")}.get(option, (option,)))
+    assert memory.exists() == (option == "--keep-memory")
+    assert option != "--keep-memory" or owner.read_owner(memory).until == 0
