@@ -34,7 +34,7 @@ import xxhash
 from cascadefs import media, sums
 from cascadefs.config import MIB
 from cascadefs.crash import point
-from cascadefs.doors import check_file, private_folder
+from cascadefs.doors import check_file, check_owner, private_folder
 from cascadefs.errors import StoreError, from_sqlite, os_error
 from cascadefs.health import Health
 from cascadefs.reserve import Reserve
@@ -101,7 +101,11 @@ def claim(folder: Path, changes: bool = True) -> int:
         _make_writable_folder(folder)
     fd = media.open_file(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        check_owner(folder, os.fstat(fd))
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except StoreError:
+        os.close(fd)
+        raise
     except BlockingIOError:
         os.close(fd)
         raise StoreError(f"the store {folder} is in use by a live mount; unmount that one or give another --store") from None

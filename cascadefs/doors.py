@@ -28,13 +28,20 @@ def private_folder(path: Path, follow: bool = False) -> None:
         raise StoreError(f"{path} is not a folder that can be used ({e.strerror}); remove it or give another --store") from e
     try:
         found = os.fstat(fd)
-        if found.st_uid != os.geteuid():
-            raise StoreError(f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()}); give a folder of your own")
+        check_owner(path, found)
         if found.st_mode & 0o077:
             log.warning("%s was open to others (mode %o); it is closed now", path, stat.S_IMODE(found.st_mode))
             os.fchmod(fd, MODE)
     finally:
         os.close(fd)
+
+
+def check_owner(path: Path, found: os.stat_result) -> None:
+    """StoreError when it is another user's: root, too, would leave files there that its owner cannot open."""
+    if found.st_uid != os.geteuid():
+        raise StoreError(
+            f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()}); give a folder of your own, or be that user"
+        )
 
 
 def is_ours(found: os.stat_result) -> bool:

@@ -101,7 +101,8 @@ def stats(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(ask(path, lambda: (path / ".cascade/stats").read_bytes()))
     except PermissionError:
-        raise UserError(f"the mount at {path} is another user's: only root and whoever mounted it may ask it") from None
+        who = "root and whoever" if os.geteuid() else "whoever"  # the kernel keeps root, too, from a user's mount
+        raise UserError(f"the mount at {path} is another user's: only {who} mounted it may ask it") from None
     except OSError as e:
         raise UserError(f"the mount at {path} does not answer ({e.strerror}); see its log cascadefs.log") from e
     return found

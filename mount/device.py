@@ -97,7 +97,9 @@ def mount(path: Path, source: str, options: Sequence[str], portable: bool) -> De
     """Mount a new FUSE connection at `path`, shown as from `source`. `portable`: it is certain that the kernel will not serve
     reads by itself."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise UserError("/dev/fuse is missing or closed to you; load the kernel module: modprobe fuse")
+        if Path("/dev/fuse").exists():
+            raise UserError("/dev/fuse is closed to you; mount as root, or let root open it: chmod 666 /dev/fuse")
+        raise UserError("/dev/fuse is missing; load the kernel module: modprobe fuse (in a container: --device /dev/fuse)")
     given = parse(options)
     return _mount_directly(path, source, given, portable) if may_mount() else _mount_by_helper(path, source, given)
 

@@ -118,7 +118,7 @@ def _leave(found: Mounted, whole: Path, before: dict[str, Any], keep_s: float | 
         flush_all(whole)
     except UserError as e:
         if not force:
-            raise
+            raise UserError(f"{e}; to leave with that in memory: cascadefs umount --force {found.path}") from e
         click.echo(f"cascadefs: {e}; it stays in memory for the next mount", err=True)
     if force:
         _tell_keep(keep_s, whole)

@@ -11,6 +11,7 @@ import trio
 from stores import opened, wipe_memory
 
 from cascadefs.config import MIB
+from cascadefs.database import claim
 from cascadefs.errors import StoreError
 from cascadefs.namespace import ROOT
 from cascadefs.scheduler import PATIENCE_S, QUIET_S, may_seal
@@ -274,3 +275,13 @@ def test_what_is_sealed_in_the_background_needs_a_reason():
         assert may_seal(False, True, due_s, quiet_s) is expected
         assert may_seal(False, False, due_s, quiet_s) is False
         assert may_seal(True, False, due_s, quiet_s) is True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_store_of_another_user_is_not_claimed(settings):
+    Store(settings).close()
+    os.chown(settings.store, 65534, 65534)
+    with pytest.raises(StoreError, match="belongs to user 65534"):
+        claim(settings.store, changes=False)
+    os.chown(settings.store, 0, 0)
+    os.close(claim(settings.store, changes=False))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NOBODY, cascadefs
+from conftest import AS_NOBODY, NOBODY, cascadefs, need_root_and_fuse
 
 SECRET = b"a secret of root's " * 1000
 
@@ -140,3 +140,24 @@ def test_an_identity_that_leads_out_of_the_memory_folder_is_refused(mount):
     done = cascadefs("mount", mount.path, "--store", mount.store)
     assert done.returncode == 1 and "makes no sense" in done.stderr and len(done.stderr.splitlines()) == 1
     (mount.store / "store.json").write_text(text)
+
+
+def test_a_device_that_is_closed_is_told_as_such(home):
+    need_root_and_fuse()
+    if os.stat("/dev/fuse").st_mode & 0o006:
+        pytest.skip("/dev/fuse is open to all here")
+    done = cascadefs("mount", home / "mnt", "--store", home / "store", by=AS_NOBODY)
+    assert done.returncode == 1 and "closed to you" in done.stderr and "modprobe" not in done.stderr
+
+
+def test_root_is_told_that_a_users_mount_is_asked_by_that_user(open_to_users, home):
+    words = ("--store", home / "store", "--shm-size", "64MiB")
+    assert cascadefs("mount", home / "mnt", *words, by=AS_NOBODY).returncode == 0
+    try:
+        done = cascadefs("status", home / "mnt")
+        assert done.returncode == 1 and "only whoever mounted it" in done.stderr and done.stderr.count("\n") == 1
+    finally:
+        done = cascadefs("umount", "--drop-memory", home / "mnt", by=AS_NOBODY)
+    assert done.returncode == 0, done.stderr
+    checked = cascadefs("fsck", home / "store")
+    assert checked.returncode == 1 and "belongs to user 65534" in checked.stderr and checked.stderr.count("\n") == 1

@@ -77,6 +77,7 @@ def test_what_cannot_be_flushed_is_told_and_force_leaves_it_in_memory(mount):
         os.pwrite(file.fileno(), b"xy", 1 << 41)
     done = cascadefs("umount", mount.path)
     assert done.returncode == 1 and "File too large" in done.stderr and os.path.ismount(mount.path)
+    assert "umount --force" in done.stderr
     done = cascadefs("umount", "--force", mount.path)
     assert done.returncode == 0 and "stays in memory" in done.stderr and not os.path.ismount(mount.path)
     mount.start()
