@@ -31,6 +31,10 @@ class DeadMount(UserError):
         super().__init__(f"the mount at {path} is dead: its daemon has ended; clear it (cascadefs umount {path}) or mount it")
 
 
+class FailingMount(UserError):
+    """A mount whose daemon lives and cannot read its own store."""
+
+
 class SilentMount(UserError):
     """Its daemon lives and does not answer."""
 
@@ -104,7 +108,7 @@ def stats(path: Path) -> dict[str, Any]:
         who = "root and whoever" if os.geteuid() else "whoever"  # the kernel keeps root, too, from a user's mount
         raise UserError(f"the mount at {path} is another user's: only {who} mounted it may ask it") from None
     except OSError as e:
-        raise UserError(f"the mount at {path} does not answer ({e.strerror}); see its log cascadefs.log") from e
+        raise FailingMount(f"the mount at {path} does not answer ({e.strerror}); see its log cascadefs.log") from e
     return found
 
 

@@ -18,6 +18,7 @@ from cascadefs.errors import from_sqlite
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
+OF_THE_DISK = (errno.ENOTCONN, errno.ECONNABORTED)  # a FUSE mount below the store died; from ours they would say that we did
 
 
 def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
@@ -44,9 +45,10 @@ def guarded(handler: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]
 def errno_of(handler: str, e: Exception) -> int:
     """What the kernel is told of an exception that is being handled. The log has what the kernel's caller cannot know."""
     if isinstance(e, OSError):
-        if e.errno in (None, errno.EIO):  # a full disk is one line in the log, written by health.py
+        code = errno.EIO if e.errno in OF_THE_DISK else e.errno or errno.EIO
+        if code == errno.EIO:  # a full disk is one line in the log, written by health.py
             log.error("%s: %s", handler, e)
-        return e.errno or errno.EIO
+        return code
     if isinstance(e, sqlite3.Error):
         found = from_sqlite(e)
         log.error("%s: %s", handler, e, exc_info=found is None)

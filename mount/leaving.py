@@ -101,7 +101,7 @@ def umount(mountpoint: Path, drop_memory: bool, force: bool, keep_memory: str | 
         device.unmount(found.path, lazy=True)
         click.echo(f"{found.path} was dead (its daemon has ended) and is cleared; what was closed is there at the next mount")
         return
-    except asking.SilentMount:
+    except (asking.SilentMount, asking.FailingMount):
         if not force:
             raise
         _kill(found)

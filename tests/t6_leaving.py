@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import AS_NOBODY, cascadefs, need_root_and_fuse
+from conftest import AS_NOBODY, Mount, cascadefs, need_root_and_fuse
 
-from cascadefs.mount import asking, holders, mountinfo
+from cascadefs.mount import asking, device, holders, mountinfo
 from cascadefs.mount.leaving import is_running
 from cascadefs.tiers import owner
 
@@ -25,6 +25,21 @@ def kill_all(mount):
         os.kill(pid, signal.SIGKILL)
         while is_running(pid):
             time.sleep(0.01)
+
+
+@pytest.fixture
+def inner(mount):
+    """A mount whose store lies in another one."""
+    found = Mount(mount.store.parent / "inner", "--shm-size", "64MiB", *mount.options[2:])
+    found.store = mount.path / "store"
+    yield found
+    if found.path in set(device.mounts()):
+        device.unmount(found.path, lazy=True)
+    for folder in Path("/dev/shm").glob("cascadefs-*"):
+        known = owner.read_owner(folder)
+        if known is not None and known.store == str(found.store):
+            subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def one_line(*words, env=None):
@@ -336,3 +351,17 @@ def test_a_read_only_mount_is_verified_and_left_like_another(mount, option):
     mount.stop(*{"--force": ("--force", "--drop-memory"), "--keep-memory": ("--keep-memory", "boot")}.get(option, (option,)))
     assert memory.exists() == (option == "--keep-memory")
     assert option != "--keep-memory" or owner.read_owner(memory).until == 0
+
+
+def test_a_mount_whose_disk_died_is_not_called_dead_and_can_be_left(mount, inner):
+    mount.start()
+    inner.path.parent.mkdir()
+    inner.start()
+    (inner.path / "f").write_bytes(b"kept")
+    kill_all(mount)
+    code, line = one_line("flush", inner.path)
+    assert code == 1 and "is dead" not in line, line
+    mount.start()
+    done = cascadefs("umount", "--force", inner.path)
+    assert done.returncode == 0, done.stderr
+    assert inner.path not in set(device.mounts())
