@@ -37,6 +37,10 @@ cdef enum:
     CREATE_BYTES_MAX = 64 << 20  # 180 us
     AHEAD_MIN = 64 << 20  # its writer holds the lock of the file most of the time: we get it after 4 ms, or 40 MB
     AHEAD_MAX = 256 << 20
+    AHEAD_SLOW = 1 << 20  # hundreds may be open that grow little by little: none of them takes what the others need
+    LOOKS_AHEAD = 32
+    CREATE_SHARE = 8  # of the room that is left
+    GROWTH_SHARE = 2
     PAGE_BYTES = 4096
     KEEP_SIZE = 1
     TOLD_MS = 1000  # a process that moves to another cgroup is seen this much later
@@ -170,7 +174,7 @@ cdef inline int64_t first_part(AheadTable *table, Watched *file) noexcept nogil:
     cdef int64_t size
     pthread_mutex_lock(&table.mutex)
     file.expected = table.learned[file.folder] or table.last_learned
-    size = min(file.expected or FIRST_BYTES, CREATE_BYTES_MAX, table.room)
+    size = min(file.expected or FIRST_BYTES, CREATE_BYTES_MAX, table.room // CREATE_SHARE)
     size = 0 if size < PAGE_BYTES else size
     table.room -= size
     pthread_mutex_unlock(&table.mutex)
@@ -228,10 +232,10 @@ cdef inline void ahead_released(AheadTable *table, uint64_t fh, int fd) noexcept
 
 
 cdef inline int64_t take_room(AheadTable *table, int64_t wanted) noexcept nogil:
-    """As much of it as there is."""
+    """As much of it as one file may have."""
     cdef int64_t found
     pthread_mutex_lock(&table.mutex)
-    found = max(min(wanted, table.room), 0)
+    found = max(min(wanted, table.room // GROWTH_SHARE), 0)
     table.room -= found
     pthread_mutex_unlock(&table.mutex)
     return found
@@ -252,6 +256,11 @@ cdef inline bint outgrows(const Watched *file, int64_t size) noexcept nogil:
     return size > file.allocated // 2
 
 
+cdef inline int64_t far_ahead(int64_t size, int64_t growth) noexcept nogil:
+    """How far to allocate ahead of a file that has grown so much since the last look."""
+    return min(max(growth * LOOKS_AHEAD, AHEAD_SLOW), max(size, AHEAD_MIN), AHEAD_MAX)
+
+
 cdef inline bint look_at(AheadTable *table, HandleTable *handles, Watched *file) noexcept nogil:
     """At one file, a copy of whose entry is `file`; whether it has grown."""
     cdef Handle *handle = handles_borrow(handles, file.fh)
@@ -263,12 +272,12 @@ cdef inline bint look_at(AheadTable *table, HandleTable *handles, Watched *file)
     if handle.fd >= 0 and fstat(handle.fd, &state) == 0:
         size = state.st_size
         grown = size != file.seen
+        wanted = far_ahead(size, size - file.seen)
         file.seen = size
         if not file.gaps_told and size - state.st_blocks * 512 >= PAGE_BYTES:
             file.gaps_told = True
             tell_gaps(table, file.ino)
         elif file.foreign and grown:
-            wanted = min(max(size, AHEAD_MIN), AHEAD_MAX)
             start = max(file.allocated, size)
             if outgrows(file, size) and size + wanted // 2 > start:
                 wanted = take_room(table, size + wanted - start)

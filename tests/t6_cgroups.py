@@ -82,6 +82,26 @@ def test_a_writer_with_little_memory_is_not_killed(mount, group, count, size):
     assert all(state.st_blocks * 512 == state.st_size for state in kept)  # what was allocated ahead has been given back
 
 
+MANY = """
+import os, sys
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+files = [os.open(f"{sys.argv[2]}/{n}", os.O_CREAT | os.O_WRONLY) for n in range(100)]
+for _ in range(30):
+    for fd in files:
+        os.write(fd, b"x" * 100_000)
+"""
+
+
+def test_many_files_that_grow_at_once(mount, group):
+    """None of them takes all that may be allocated ahead, though the last file of their folder was long."""
+    mount.start("--shm-size", "2GiB")
+    command = [sys.executable, "-c", WRITER, group.path, mount.path, "1", "60"]
+    assert subprocess.run(command, timeout=100, check=False).returncode == 0
+    os.unlink(mount.path / "0")
+    assert subprocess.run([sys.executable, "-c", MANY, group.path, mount.path], timeout=100, check=False).returncode == 0
+    assert group.shared_bytes() < LIMIT // 2
+
+
 SCATTERED = """
 import os, sys
 open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
