@@ -99,7 +99,7 @@ def recover(files: Files, keep_orphans: bool = False) -> Recovered:
             result.orphans += 1
     for tier in (files.residency.memory, files.residency.parking):
         _drop_unknown(files, tier, result)
-    files.residency.take_copies(files.index.copies(durable=True), files.index.copies(durable=False))
+    files.residency.take_copies(files.index.copies(durable=True), files.index.copies(durable=False), keep_orphans)
     files.residency.parking.trust()
     if result.fallen_back or result.absent:
         log.warning("memory was lost: %d files fell back to an older version, %d are absent", result.fallen_back, result.absent)

@@ -138,13 +138,16 @@ class Residency:
             self.clean[digest] = self.memory.objects[digest]
             self.clean_bytes += self.clean[digest]
 
-    def take_copies(self, durable: Mapping[bytes, int], dirty: Mapping[bytes, int]) -> None:
+    def take_copies(self, durable: Mapping[bytes, int], dirty: Mapping[bytes, int], inherited: bool = False) -> None:
         """On opening: copies of known objects (digest -> bytes) stay; those of durable ones are clean, and in parking of no
-        more use. Sizes are the index's (asking the filesystem for a hundred thousand costs a third of a second), but for
-        large ones, which may have holes."""
+        more use, unless `inherited`: then a kernel may have them open, which is seen later. Sizes are the index's (asking the
+        filesystem for a hundred thousand costs a third of a second), but for large ones, which may have holes."""
         for digest in [d for d in self.memory.objects if d not in durable and d not in dirty]:
             self.drop(self.memory, digest)
-        for digest in [d for d in self.parking.objects if d not in dirty]:
+        kept = self.parking.objects.keys() & durable.keys() if inherited else set[bytes]()
+        self.parking.objects.update({digest: durable[digest] for digest in kept})
+        self._opened_before |= kept
+        for digest in [d for d in self.parking.objects if d not in dirty and d not in kept]:
             self.drop(self.parking, digest)
         self.clean = {digest: self._found_bytes(digest, durable[digest]) for digest in self.memory.objects if digest in durable}
         self.clean_bytes = sum(self.clean.values())

@@ -409,3 +409,27 @@ async def test_a_copy_that_is_made_again_elsewhere_leaves_nothing_behind(slow_se
         staged = [os.listdir(tier.staged_folder) for tier in (store.residency.memory, store.residency.parking)]
         assert not homes and not waiting and len(staged[0]) == 2 and not staged[1]
         store.files.release(first)
+
+
+async def test_a_parked_copy_that_the_kernel_has_open_outlives_a_worker(slow_seal, monkeypatch):
+    """It is durable, so that its copy would be of no more use; but the kernel takes no other file for the inode."""
+    async with opened(slow_seal) as store:
+        monkeypatch.setattr(store.residency, "home_for_new", lambda: Home.COLD)
+        await store.put("f", OLD)
+        handle = await read(store, "f")
+        kernels = os.dup(handle.source.fd)
+        await store.flush()
+    os.close(handle.source.fd)
+    parked = slow_seal.store / "parking/objects"
+    assert len(os.listdir(parked)) == 1
+    store = Store(slow_seal, keep_orphans=True)
+    inherited = store.files.inherit(handle.ino, False, direct=False)
+    assert os.path.samestat(os.fstat(inherited.source.fd), os.fstat(kernels))
+    again = await read(store, "f")
+    assert again.source is inherited.source and seen(again) == OLD
+    for one in (inherited, again):
+        store.files.release(one)
+    os.close(kernels)
+    store.residency.tidy_later()
+    assert not os.listdir(parked)
+    store.close()
