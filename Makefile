@@ -20,7 +20,7 @@ TREE_KILLS ?= 100
 MANY_FILES ?= 100000
 RACES ?= 120
 JUDGES ?= 5
-SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*.pyi)
+SOURCES := setup.py pyproject.toml $(wildcard cython_ext/*.pyx cython_ext/*.pxd cython_ext/*/*.pxd cython_ext/*.pyi)
 
 .PHONY: mount umount build install uninstall test torture soak test-clients lint package bench bench-deps system judges clean
 

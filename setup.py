@@ -18,7 +18,7 @@ setup(
             Extension(
                 f"cascadefs.ext.{kernel.stem}",
                 [str(kernel)],
-                depends=[str(header) for header in Path("cython_ext").glob("*.pxd")],
+                depends=[str(header) for header in Path("cython_ext").rglob("*.pxd")],
                 extra_compile_args=["-O3", "-pthread"],
                 extra_link_args=["-pthread"],
                 libraries=LIBRARIES.get(kernel.stem, []),

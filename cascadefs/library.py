@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 import trio
 
-from cascadefs import media
 from cascadefs.config import Settings
-from cascadefs.live import Handle
+from cascadefs.contents.open_files import Handle
+from cascadefs.media import file_io
 from cascadefs.store import Store
 
 T = TypeVar("T")
@@ -90,9 +90,9 @@ class Library:
         handle, staged = self._ask(self.store.open_empty, path)
         with self._handle(handle):
             try:
-                media.write_whole(staged, views)
+                file_io.write_whole(staged, views)
             except OSError as e:
-                media.write_whole(self._ask(self.store.place_with_room, handle, e), views)
+                file_io.write_whole(self._ask(self.store.place_with_room, handle, e), views)
 
     def get_into(self, path: str, *buffers: Any) -> int:
         """Fill writable buffers, one behind the other, from the beginning of a file; how many bytes there were."""
@@ -102,7 +102,7 @@ class Library:
         handle = self._ask(self.store.open_to_read, path)
         with self._handle(handle):
             if handle.source is not None:
-                return media.read_whole(handle.source.fd, views)
+                return file_io.read_whole(handle.source.fd, views)
             return self._ask(self.store.stream_into, handle, *views)
 
     # --- names

@@ -18,29 +18,30 @@ from typing import Any
 
 import trio
 
-from cascadefs import media
 from cascadefs.config import Settings
-from cascadefs.database import Database
+from cascadefs.contents.files import Files
+from cascadefs.contents.open_files import Handle
+from cascadefs.contents.outgrown import Outgrown
+from cascadefs.contents.streams import Streams
 from cascadefs.errors import GONE, StoreError, os_error
-from cascadefs.files import Files
-from cascadefs.index import Index
-from cascadefs.live import Handle, Sources
-from cascadefs.loss import Loss
-from cascadefs.mover import Mover
-from cascadefs.name_ring import NameRing
-from cascadefs.namespace import ROOT
-from cascadefs.outgrown import Outgrown
-from cascadefs.policies.lru import Lru
-from cascadefs.recovery import enter_pending, recover
-from cascadefs.residency import NO_ROOM, Residency
-from cascadefs.sealing import Sealer
-from cascadefs.streams import Streams
-from cascadefs.tiers.cold import ColdTier
+from cascadefs.formats.name_ring import NameRing
+from cascadefs.integrity.loss import Loss
+from cascadefs.integrity.recovery import enter_pending, recover
+from cascadefs.integrity.verifier import Verifier
+from cascadefs.media import file_io
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.metadata.objects import Index
+from cascadefs.metadata.sqlite import Database
+from cascadefs.placement.policies.lru import Lru
+from cascadefs.placement.residency import NO_ROOM, Residency
+from cascadefs.placement.sources import Sources
+from cascadefs.tiers.extents import ColdTier
 from cascadefs.tiers.owner import Claim
 from cascadefs.tiers.parking import Parking
 from cascadefs.tiers.shm import ShmTier, drop_folder
 from cascadefs.types import Inode
-from cascadefs.verifier import Verifier
+from cascadefs.writeback.mover import Mover
+from cascadefs.writeback.sealing import Sealer
 
 ADDRESS_DIGITS = 32  # the public address is this much of the SHA-256, as the ancestor had it
 FORGET_S = 0.5  # what was removed a moment ago frees space when the kernel forgets it
@@ -93,7 +94,7 @@ class Store:
             log.warning("%s", shortage)
         parking = Parking(settings.store / "parking")
         cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
-        media.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
+        file_io.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
         self.residency = Residency(index, memory, parking, cold, Lru(), Sources())
         self.files = Files(settings, self.database, self.residency, first_ino)
         for ino, fd in adrift.items():
@@ -203,9 +204,9 @@ class Store:
         handle, staged = await self.open_empty(path)
         try:
             try:
-                await trio.to_thread.run_sync(media.write_whole, staged, (data,))
+                await trio.to_thread.run_sync(file_io.write_whole, staged, (data,))
             except OSError as e:
-                await trio.to_thread.run_sync(media.write_whole, await self.place_with_room(handle, e), (data,))
+                await trio.to_thread.run_sync(file_io.write_whole, await self.place_with_room(handle, e), (data,))
         finally:
             self.files.release(handle)
 
@@ -248,7 +249,7 @@ class Store:
         handle = await self.open_to_read(path)
         try:
             if handle.source is not None:
-                return await trio.to_thread.run_sync(media.read_whole, handle.source.fd, buffers)
+                return await trio.to_thread.run_sync(file_io.read_whole, handle.source.fd, buffers)
             return await self.stream_into(handle, *buffers)
         finally:
             self.files.release(handle)

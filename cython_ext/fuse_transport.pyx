@@ -13,32 +13,32 @@
 # (3) A WRITE that finds no space goes to pyfuse3 untouched.
 # (4) The loops touch no Python object. Locks: each is held for a few memory accesses; never two at once but as open_grants.pxd says.
 
-from cython_ext.allocate_ahead cimport ahead_created, ahead_opened, ahead_released, ahead_stop, ahead_watch, gaps_taken
-from cython_ext.answers_here cimport files_answered, names_answered
-from cython_ext.as_others cimport put_as_other
-from cython_ext.attribute_table cimport attributes_drop
-from cython_ext.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
-from cython_ext.event_queue cimport EventRing, events_count, events_done, events_taken
+from cython_ext.transport.allocate_ahead cimport ahead_created, ahead_opened, ahead_released, ahead_stop, ahead_watch, gaps_taken
+from cython_ext.transport.answers_here cimport files_answered, names_answered
+from cython_ext.transport.as_others cimport put_as_other
+from cython_ext.transport.attribute_table cimport attributes_drop
+from cython_ext.transport.doorbell cimport Doorbell, bell_arm, bell_free, bell_init, bell_ring
+from cython_ext.transport.event_queue cimport EventRing, events_count, events_done, events_taken
 from cython_ext.fuse_abi cimport *
-from cython_ext.handle_table cimport (
+from cython_ext.transport.handle_table cimport (
     Handle, close_backing, handles_copy, handles_drop, open_backing, pthread_mutex_destroy, pthread_mutex_init)
-from cython_ext.kept_writes cimport taken_write
-from cython_ext.listing_queue cimport Listing, listings_keep, listings_take
-from cython_ext.message_io cimport PAGE, POLLIN, WRITE_HEAD, aligned_buffer, await_ready, count, least_bytes
-from cython_ext.name_ring cimport SPARES_MAX, NameRing, allow_removals, spares_put, spares_withdraw
-from cython_ext.name_table cimport name_hash, names_add, names_remove, names_tell
-from cython_ext.open_grants cimport grants_drop, grants_put
-from cython_ext.own_answers cimport Known, known_free, known_init, tell_attributes
-from cython_ext.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
-from cython_ext.positioned_io cimport allocate_range
-from cython_ext.reader_threads cimport (
+from cython_ext.transport.kept_writes cimport taken_write
+from cython_ext.transport.listing_queue cimport Listing, listings_keep, listings_take
+from cython_ext.transport.message_io cimport PAGE, POLLIN, WRITE_HEAD, aligned_buffer, await_ready, count, least_bytes
+from cython_ext.transport.name_ring cimport SPARES_MAX, NameRing, allow_removals, spares_put, spares_withdraw
+from cython_ext.transport.name_table cimport name_hash, names_add, names_remove, names_tell
+from cython_ext.transport.open_grants cimport grants_drop, grants_put
+from cython_ext.transport.own_answers cimport Known, known_free, known_init, tell_attributes
+from cython_ext.transport.page_pipe cimport PIPE_BYTES, PagePipe, pipe_free, pipe_init
+from cython_ext.transport.positioned_io cimport allocate_range
+from cython_ext.transport.reader_threads cimport (
     ReaderThread, ReaderThreads, reader_may_read, reader_works, readers_enter, readers_leave, readers_stop)
-from cython_ext.reader_scheduling cimport CallerCore, core_to_follow, move_to
-from cython_ext.relay cimport INIT_MAX, Relay, drain_replies, forward, replay_unique
-from cython_ext.request_memory cimport REQUEST_SLOTS, requests_free, requests_init
-from cython_ext.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KEPT, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
-from cython_ext.written_ranges cimport Written, written_begin, written_end, written_lose, written_note, written_take
-from cython_ext.wire cimport Wire, answer, refuse, send_body, told
+from cython_ext.transport.reader_scheduling cimport CallerCore, core_to_follow, move_to
+from cython_ext.transport.relay cimport INIT_MAX, Relay, drain_replies, forward, replay_unique
+from cython_ext.transport.request_memory cimport REQUEST_SLOTS, requests_free, requests_init
+from cython_ext.transport.served_io cimport WRITE_DONE, WRITE_GUARDED, WRITE_KEPT, WRITE_KILLS, WRITE_SYNCED, read_served, write_served
+from cython_ext.transport.written_ranges cimport Written, written_begin, written_end, written_lose, written_note, written_take
+from cython_ext.transport.wire cimport Wire, answer, refuse, send_body, told
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, ENODEV, ENOENT, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free

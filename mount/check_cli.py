@@ -17,12 +17,12 @@ import humanfriendly
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from cascadefs import fsck as checks
 from cascadefs.config import load
 from cascadefs.errors import UserError
-from cascadefs.fsck.report import Finding, Report
+from cascadefs.integrity import fsck as checks
+from cascadefs.integrity.fsck.report import Finding, Report
+from cascadefs.integrity.rebuild import as_json, rebuild
 from cascadefs.mount import asking, control, mountinfo
-from cascadefs.rebuild import as_json, rebuild
 
 SHOW_AFTER_S = 2.0
 POLL_S = 0.2

@@ -20,7 +20,8 @@ import humanfriendly
 
 from cascadefs.config import Configuration, Settings, load
 from cascadefs.errors import ConfigError, UserError
-from cascadefs.mount import asking, device, mountinfo
+from cascadefs.mount import asking, mountinfo
+from cascadefs.mount.fuse import device
 from cascadefs.mount.options import Options, parse, parse_helper
 from cascadefs.mount.places import check_apart
 
@@ -31,15 +32,15 @@ NO_SOURCE = ("cascadefs", "none")
 # Commands of other modules, loaded when they are called: numpy and the rest would make `cascadefs status` three times as slow.
 # For the same reason rich is imported where something is drawn.
 ELSEWHERE = {
-    "umount": ("leaving", "umount"),
-    "flush": ("leaving", "flush"),
-    "bench": ("lines_cli", "bench"),
-    "fsck": ("check_cli", "fsck"),
-    "verify": ("check_cli", "verify"),
-    "rebuild-index": ("check_cli", "rebuild_index"),
-    "new-id": ("stores_cli", "new_id"),
-    "list": ("stores_cli", "list_all"),
-    "drop": ("stores_cli", "drop"),
+    "umount": ("mount.leaving", "umount"),
+    "flush": ("mount.leaving", "flush"),
+    "bench": ("bench.cli.lines_cli", "bench"),
+    "fsck": ("mount.check_cli", "fsck"),
+    "verify": ("mount.check_cli", "verify"),
+    "rebuild-index": ("mount.check_cli", "rebuild_index"),
+    "new-id": ("mount.stores_cli", "new_id"),
+    "list": ("mount.stores_cli", "list_all"),
+    "drop": ("mount.stores_cli", "drop"),
 }
 
 
@@ -55,7 +56,7 @@ class Group(click.Group):
         if name not in ELSEWHERE:
             return super().get_command(ctx, name)
         module, function = ELSEWHERE[name]
-        found: click.Command = getattr(importlib.import_module(f"cascadefs.mount.{module}"), function)
+        found: click.Command = getattr(importlib.import_module(f"cascadefs.{module}"), function)
         return found
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +194,7 @@ def _remount(path: Path, given: Options) -> None:
 
 def _prepare_store(found: Configuration) -> None:
     """A default store may need its parents made; one that was named must have its parent: a typo makes no tree."""
-    from cascadefs.database import check_store_folder
+    from cascadefs.metadata.sqlite import check_store_folder
 
     folder = found.settings.store
     if found.origins["store"] == "default":

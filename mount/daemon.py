@@ -24,21 +24,22 @@ from typing import Any
 import humanfriendly
 import trio
 
-from cascadefs import crash, media
+from cascadefs import crash
 from cascadefs.config import Configuration
 from cascadefs.errors import UserError
 from cascadefs.ext import listing
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
-from cascadefs.mount import device, lost_memory
-from cascadefs.mount.device import Device, kernel_release
-from cascadefs.mount.handles import Handles
+from cascadefs.formats.name_ring import PLACE as NAMES
+from cascadefs.media import file_io
+from cascadefs.mount.fuse import device, lost_memory
+from cascadefs.mount.fuse.device import Device, kernel_release
+from cascadefs.mount.fuse.handles import Handles
+from cascadefs.mount.fuse.handover import Table
+from cascadefs.mount.fuse.operations import Operations
+from cascadefs.mount.fuse.resent import Once
+from cascadefs.mount.fuse.session import Session
+from cascadefs.mount.fuse.virtual import Virtual
 from cascadefs.mount.legacy import Will
-from cascadefs.mount.once import Once
-from cascadefs.mount.operations import Operations
-from cascadefs.mount.session import Session
-from cascadefs.mount.table import Table
-from cascadefs.mount.virtual import Virtual
-from cascadefs.name_ring import PLACE as NAMES
 from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class Daemon:
         transport, memory = self.session.transport, self.store.residency.memory
         if not transport.negotiated_passthrough:
             return "the kernel did not agree to passthrough"
-        fd = media.open_file(memory.folder.joinpath(*NAMES), os.O_RDONLY)
+        fd = file_io.open_file(memory.folder.joinpath(*NAMES), os.O_RDONLY)
         try:
             transport.backing_close(transport.backing_open(fd))
         except OSError as e:
@@ -227,7 +228,7 @@ class Daemon:
         return self.session.transport.came, self.session.transport.events_put()
 
     async def _doze(self, seen: tuple[int, int]) -> bool:
-        """Until a request comes, somebody rings (grants.py), or a second is over; whether it was not the latter."""
+        """Until a request comes, somebody rings (delegations.py), or a second is over; whether it was not the latter."""
         bell = self.session.transport.arm()
         if self._came() != seen:
             return True

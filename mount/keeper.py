@@ -1,6 +1,6 @@
 """The process behind a mount that is never busy: it holds what must outlive a worker, and starts the next one.
 
-Owns: the lock of the store, the FUSE device, the table (table.py), what a worker leaves (legacy.py), the child. Serves no
+Owns: the lock of the store, the FUSE device, the table (handover.py), what a worker leaves (legacy.py), the child. Serves no
 request and opens no store, so that there is little that could end it. Invariants:
 (1) The device stays open while a worker lives or is going to: the kernel lets requests wait, nobody sees an error.
 (2) A first worker that dies before the mount answers is not replaced: what it said is the error.
@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cascadefs.config import Configuration, Settings
-from cascadefs.database import claim
-from cascadefs.descriptors import lift_file_size, raise_limit
 from cascadefs.errors import UserError
-from cascadefs.mount import daemon, device, lingering, table
+from cascadefs.media.descriptors import lift_file_size, raise_limit
+from cascadefs.metadata.sqlite import claim
+from cascadefs.mount import daemon, lingering
 from cascadefs.mount.daemon import Mounting
-from cascadefs.mount.device import Device, kernel_release
+from cascadefs.mount.fuse import device, handover
+from cascadefs.mount.fuse.device import Device, kernel_release
+from cascadefs.mount.fuse.handover import Table
 from cascadefs.mount.legacy import Legacy
-from cascadefs.mount.table import Table
 
 log = logging.getLogger("cascadefs.mount.keeper")  # also when it is run as a module, after an upgrade
 RESEND_SINCE = (6, 9)  # FUSE_NOTIFY_RESEND: without it the requests of a dead worker would wait for ever
@@ -204,7 +205,7 @@ class Keeper:
             return
         command = [sys.executable, "-m", "cascadefs.mount.keeper"]
         checked = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=CHECK_S, check=False)
-        if checked.stdout.split() != [str(table.VERSION)]:
+        if checked.stdout.split() != [str(handover.VERSION)]:
             why = (checked.stderr.strip() or f"it keeps its table as version {checked.stdout.strip()}").splitlines()[-1]
             log.error("not upgraded: the installed code cannot take over (%s)", why)
             self.table.refusals += 1
@@ -317,6 +318,6 @@ def _detach(work: Callable[[], int], writer: int) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--check":
-        print(table.VERSION)
+        print(handover.VERSION)
     else:
         sys.exit(_resume(json.loads(sys.argv[1])))

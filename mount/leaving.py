@@ -18,7 +18,8 @@ import humanfriendly
 
 from cascadefs.config import load
 from cascadefs.errors import UserError
-from cascadefs.mount import asking, control, device, holders, mountinfo
+from cascadefs.mount import asking, control, holders, mountinfo
+from cascadefs.mount.fuse import device
 from cascadefs.mount.mountinfo import Mounted
 
 HOLD_S, HELD_S = 2, 6  # then who holds an unmounted mount is named; then they are not waited for any more

@@ -15,9 +15,10 @@ import click
 import humanfriendly
 
 from cascadefs.config import load
-from cascadefs.database import claim, read_identity
 from cascadefs.errors import StoreError, UserError
-from cascadefs.mount import asking, device, mountinfo
+from cascadefs.metadata.sqlite import claim, read_identity
+from cascadefs.mount import asking, mountinfo
+from cascadefs.mount.fuse import device
 from cascadefs.tiers import owner
 from cascadefs.tiers.owner import Owner
 from cascadefs.tiers.shm import drop_folder

@@ -18,11 +18,11 @@ import pytest
 from stores import unmount_memory
 
 from cascadefs.config import MIB, Settings
-from cascadefs.database import Database
-from cascadefs.index import Index
-from cascadefs.mount import device
+from cascadefs.metadata.namespace import Namespace
+from cascadefs.metadata.objects import Index
+from cascadefs.metadata.sqlite import Database
+from cascadefs.mount.fuse import device
 from cascadefs.mount.leaving import is_running
-from cascadefs.namespace import Namespace
 
 CASCADEFS = [sys.executable, "-m", "cascadefs.mount.cli"]
 COMMAND_S = 120

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from stores import flip, move_in
 
-from cascadefs import fsck
-from cascadefs.sums import FRAME_HEADER, WAL_HEADER, read_wal
+from cascadefs.integrity import fsck
+from cascadefs.metadata.page_sums import FRAME_HEADER, WAL_HEADER, read_wal
 
 Spot = tuple[str, str, int]  # the copy, the file in it, the bit
 # No content of a store: blocks without data, the log, and the mark of the boot, of which any other value means "do not trust".

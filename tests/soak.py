@@ -22,7 +22,7 @@ from recount import recount
 from rich.console import Console
 from rich.table import Table
 
-from cascadefs.mount.device import kernel_release
+from cascadefs.mount.fuse.device import kernel_release
 from cascadefs.mount.keeper import RESEND_SINCE
 
 MIB = 1 << 20

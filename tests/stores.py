@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from cascadefs.namespace import ROOT
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.store import Store
 from cascadefs.tiers import owner
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cascadefs import record
-from cascadefs.record import RecordHeader
+from cascadefs.formats import record
+from cascadefs.formats.record import RecordHeader
 
 STORE = bytes(range(16))
 HEADER = RecordHeader(bytes(range(16, 32)), 12345, 8192)

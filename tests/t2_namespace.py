@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
-from cascadefs.database import Database
 from cascadefs.errors import StoreError
-from cascadefs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, ROOT, Namespace
+from cascadefs.metadata.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, ROOT, Namespace
+from cascadefs.metadata.sqlite import Database
 
 FILE, FOLDER = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
 

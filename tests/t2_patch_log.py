@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from cascadefs import patch_log
-from cascadefs.patch_log import PatchLog
-from cascadefs.patches import cut, merged
-from cascadefs.record import ALIGN, LogHeader, PatchHeader
+from cascadefs.formats.record import LogHeader, PatchHeader
+from cascadefs.media.file_io import ALIGN
+from cascadefs.tiers import patch_log
+from cascadefs.tiers.patch_log import PatchLog
+from cascadefs.writeback.patches import cut, merged
 
 SECRET = bytes(range(192))
 HEADER = LogHeader(77, 1234567, b"b" * 16)

@@ -5,18 +5,18 @@ import stat
 
 import pytest
 
-from cascadefs.bulk import Bulk, NewObject, Shown
 from cascadefs.errors import CorruptRecord
 from cascadefs.ext import hashing
-from cascadefs.index import digest_of
-from cascadefs.media import lease_is_free
-from cascadefs.namespace import ROOT
-from cascadefs.policies.lru import Lru
-from cascadefs.record import record_bytes
-from cascadefs.scheduler import MemoryState, may_promote, plan_eviction, stage_in_memory
-from cascadefs.tiers.capture import Capture, Subject
-from cascadefs.tiers.cold import ColdTier, Piece, holes_of
-from cascadefs.tiers.files import FileTier
+from cascadefs.formats.record import record_bytes
+from cascadefs.media.file_io import lease_is_free
+from cascadefs.metadata.bulk import Bulk, NewObject, Shown
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.metadata.objects import digest_of
+from cascadefs.placement.decisions import MemoryState, may_promote, plan_eviction, stage_in_memory
+from cascadefs.placement.policies.lru import Lru
+from cascadefs.tiers.extents import ColdTier, Piece, holes_of
+from cascadefs.tiers.folder import FileTier
+from cascadefs.tiers.packer import Capture, Subject
 from cascadefs.types import Home, Location
 
 SIZES = [1, 4032, 4033, 300_000]

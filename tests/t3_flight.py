@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from cascadefs import media
 from cascadefs.ext import hashing
-from cascadefs.record import record_bytes
-from cascadefs.tiers import cold as cold_module
-from cascadefs.tiers.cold import ColdTier, Piece
-from cascadefs.tiers.flight import DEPTH, KEPT, KEPT_BYTES, LANES, Buffers, Writes, in_lanes
+from cascadefs.formats.record import record_bytes
+from cascadefs.media import file_io
+from cascadefs.media.transfers import DEPTH, KEPT, KEPT_BYTES, LANES, Buffers, Writes, in_lanes
+from cascadefs.tiers import extents as cold_module
+from cascadefs.tiers.extents import ColdTier, Piece
 
 
 def test_buffers_come_back_and_every_byte_arrives(tmp_path):
@@ -52,7 +52,7 @@ def test_a_failed_write_is_told_and_nothing_is_under_way_afterwards(monkeypatch)
         if position == 1:
             raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(media, "write_fully", failing)
+    monkeypatch.setattr(file_io, "write_fully", failing)
     with pytest.raises(OSError) as caught, Writes(-1, Buffers()) as writes:
         for position in range(10):
             writes.put(writes.buffer(10), 10, position)
@@ -137,7 +137,7 @@ def test_records_of_many_writes_are_read_back_with_clean_padding(many):
 
 def test_an_extent_is_cut_back_after_one_of_many_writes_failed(many, monkeypatch):
     tier, _, pieces = many
-    start, real, calls = tier.create(1), media.write_fully, [0]
+    start, real, calls = tier.create(1), file_io.write_fully, [0]
 
     def third_fails(fd, data, position):
         calls[0] += 1
@@ -145,9 +145,9 @@ def test_an_extent_is_cut_back_after_one_of_many_writes_failed(many, monkeypatch
             raise OSError(errno.ENOSPC, "full")
         real(fd, data, position)
 
-    monkeypatch.setattr(media, "write_fully", third_fails)
+    monkeypatch.setattr(file_io, "write_fully", third_fails)
     with pytest.raises(OSError, match="full"):
         tier.append(1, start, pieces)
     assert os.path.getsize(tier.path(1)) == start
-    monkeypatch.setattr(media, "write_fully", real)
+    monkeypatch.setattr(file_io, "write_fully", real)
     assert tier.append(1, start, pieces)[1] == os.path.getsize(tier.path(1))

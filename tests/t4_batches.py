@@ -11,12 +11,12 @@ from stores import memory_of, opened, wipe_memory, written
 
 from cascadefs.config import MIB
 from cascadefs.ext import hashing
-from cascadefs.namespace import ROOT
-from cascadefs.record import MANIFEST, record_bytes
-from cascadefs.sealing import Outcome
-from cascadefs.tiers.capture import FIRST_BYTES, Capture, Subject
-from cascadefs.tiers.cold import ColdTier
+from cascadefs.formats.record import MANIFEST, record_bytes
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.tiers.extents import ColdTier
+from cascadefs.tiers.packer import FIRST_BYTES, Capture, Subject
 from cascadefs.types import Location
+from cascadefs.writeback.sealing import Outcome
 
 KIB = 1024
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from stores import opened, wipe_memory, written
 
-from cascadefs import holes
 from cascadefs.config import MIB
+from cascadefs.metadata import holes
 
 PAGE = 4096
 

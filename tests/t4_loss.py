@@ -11,7 +11,7 @@ import trio
 from recount import recount
 from stores import opened
 
-from cascadefs.namespace import ROOT
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.tiers import owner
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from stores import memory_of, opened, pause, wipe_memory
 
-from cascadefs import fsck
-from cascadefs.namespace import ROOT
-from cascadefs.rebuild import rebuild
+from cascadefs.integrity import fsck
+from cascadefs.integrity.rebuild import rebuild
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.store import Store
 from cascadefs.tiers import owner, shm
 

@@ -12,7 +12,9 @@ import trio
 from recount import recount
 from stores import memory_of, opened, wipe_memory
 
-from cascadefs import media, scheduler, streams
+from cascadefs.contents import streams
+from cascadefs.media import file_io
+from cascadefs.placement import decisions
 from cascadefs.store import Store
 from cascadefs.types import Home
 
@@ -104,7 +106,7 @@ async def test_a_file_is_read_where_memory_has_no_room_for_another_name(slow_sea
             raise OSError(errno.ENOSPC, "no room", str(old), None, str(new))
 
         with monkeypatch.context() as full:
-            full.setattr(media, "link", no_room)
+            full.setattr(file_io, "link", no_room)
             assert await store.get("a") == await store.get("b") == OLD
         reader = await read(store, "a")
         assert seen(reader) == OLD and private(store) == []
@@ -168,7 +170,7 @@ async def test_a_file_that_is_read_while_it_is_sealed_is_stored_once_and_stays_i
 async def test_memory_that_is_short_makes_a_stream_of_the_second(slow_seal, monkeypatch):
     async with opened(slow_seal) as store:
         await twins(store, "a", "b")
-        monkeypatch.setattr(scheduler, "may_promote", lambda state, size: False)
+        monkeypatch.setattr(decisions, "may_promote", lambda state, size: False)
         first, second = await read(store, "a"), await read(store, "b")
         assert second.source is None and second.direct
         ino = store.find("b").ino
@@ -192,8 +194,8 @@ async def test_a_long_file_is_not_copied(slow_seal):
 async def test_an_equal_file_that_is_opened_for_writing_is_not_what_its_twin_is_written_to_meanwhile(slow_seal, monkeypatch):
     """The copy that a reader or a writer of b makes, from the file that a has open. That stays the only copy: of what was
     flushed in the background the writer of a would leave none, and the reader of b would be streamed to."""
-    copy = media.copy_file
-    monkeypatch.setattr(scheduler, "background_may_run", lambda *_: False)
+    copy = file_io.copy_file
+    monkeypatch.setattr(decisions, "background_may_run", lambda *_: False)
     async with opened(slow_seal) as store:
         await twins(store, "a", "b", "c", durable=False)
         first = await read(store, "a")
@@ -204,7 +206,7 @@ async def test_an_equal_file_that_is_opened_for_writing_is_not_what_its_twin_is_
                 trio.from_thread.run(overwrite, store, waiting.pop())
             copy(fd, path)
 
-        monkeypatch.setattr(media, "copy_file", interrupted)
+        monkeypatch.setattr(file_io, "copy_file", interrupted)
         second = await read(store, "b")
         assert seen(second) == OLD and seen(first)[:3] == b"NEW" and not waiting
         waiting.append("b")
@@ -331,7 +333,7 @@ async def test_the_next_worker_knows_whose_the_mappings_are(slow_seal, changed):
 async def test_the_next_worker_takes_no_stream_for_the_owner_of_a_copy(slow_seal, monkeypatch, order):
     async with opened(slow_seal) as store:
         await twins(store, "a", "b")
-        monkeypatch.setattr(scheduler, "may_promote", lambda state, size: False)
+        monkeypatch.setattr(decisions, "may_promote", lambda state, size: False)
         handles = [await read(store, "a"), await read(store, "b")]
         os.close(handles[0].source.fd)  # in the portable mode nobody else has it open
         handles[0].source.fd = os.open("/dev/null", os.O_RDONLY)
@@ -393,7 +395,7 @@ async def test_a_copy_whose_owner_empties_it_meanwhile_is_made_again(slow_seal, 
 
 
 async def test_a_copy_that_is_made_again_elsewhere_leaves_nothing_behind(slow_seal, monkeypatch):
-    copy, homes = media.copy_file, [Home.MEMORY, Home.COLD]
+    copy, homes = file_io.copy_file, [Home.MEMORY, Home.COLD]
     async with opened(slow_seal) as store:
         await twins(store, "a", "b", "c", durable=False)
         first, waiting = await read(store, "a"), ["a"]
@@ -403,7 +405,7 @@ async def test_a_copy_that_is_made_again_elsewhere_leaves_nothing_behind(slow_se
                 trio.from_thread.run(overwrite, store, waiting.pop())
             copy(fd, path)
 
-        monkeypatch.setattr(media, "copy_file", interrupted)
+        monkeypatch.setattr(file_io, "copy_file", interrupted)
         monkeypatch.setattr(store.residency, "home_for_new", homes.pop)
         await overwrite(store, "c", b"third")
         staged = [os.listdir(tier.staged_folder) for tier in (store.residency.memory, store.residency.parking)]

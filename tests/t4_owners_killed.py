@@ -12,8 +12,8 @@ from dataclasses import replace
 import trio
 from stores import unmount_memory
 
-from cascadefs import media
 from cascadefs.config import MIB
+from cascadefs.media import file_io
 from cascadefs.store import Store
 
 OLD = b"old!" * 5000
@@ -34,7 +34,7 @@ def die_at(number):
         return call
 
     for name in CHANGES:
-        setattr(media, name, dying(getattr(media, name)))
+        setattr(file_io, name, dying(getattr(file_io, name)))
 
 
 async def first_life(settings, kernel, number):

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import flip, opened, wipe_memory
 
-from cascadefs import media
 from cascadefs.config import MIB
-from cascadefs.record import HEADER_BYTES
-from cascadefs.scheduler import AHEAD, HIGH, may_read_ahead, next_in_order, plan_eviction
+from cascadefs.formats.record import HEADER_BYTES
+from cascadefs.media import file_io
+from cascadefs.placement.decisions import AHEAD, HIGH, may_read_ahead, next_in_order, plan_eviction
 from cascadefs.stats import metrics, status
 from cascadefs.types import Object
 
@@ -274,16 +274,16 @@ async def test_what_was_read_ahead_in_vain_is_counted_when_it_goes(settings):
 async def test_a_medium_that_fails_ahead_stops_nobody(settings, monkeypatch):
     contents = await filled(settings, 5)
     async with opened(settings) as store:
-        open_direct = media.open_direct
+        open_direct = file_io.open_direct
 
         def failing(path, flags):
             raise OSError(5, "the disk says no")
 
         for name in ("r0", "r1"):
             assert await store.get(name) == contents[name]
-            monkeypatch.setattr(media, "open_direct", failing)
+            monkeypatch.setattr(file_io, "open_direct", failing)
             await settled(store.files.read_ahead)
-            monkeypatch.setattr(media, "open_direct", open_direct)
+            monkeypatch.setattr(file_io, "open_direct", open_direct)
         for name in ("r2", "r3", "r4"):
             assert await store.get(name) == contents[name]
         assert store.mover.last_error is None

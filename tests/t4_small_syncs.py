@@ -12,13 +12,15 @@ import trio.testing
 from recount import recount
 from stores import memory_of, opened, wipe_memory, written
 
-from cascadefs import fsck, patch_log, patches
 from cascadefs.config import MIB
 from cascadefs.ext import hashing
-from cascadefs.fsyncs import PARTS, SYNCS
-from cascadefs.namespace import ROOT
-from cascadefs.rebuild import rebuild
+from cascadefs.integrity import fsck
+from cascadefs.integrity.rebuild import rebuild
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.tiers import patch_log
 from cascadefs.types import EMPTY_OID
+from cascadefs.writeback import patches
+from cascadefs.writeback.fsync import PARTS, SYNCS
 
 KIB = 1024
 SIZE = 9 * MIB + 12_345

@@ -11,10 +11,10 @@ import trio
 from stores import opened, wipe_memory
 
 from cascadefs.config import MIB
-from cascadefs.database import claim
 from cascadefs.errors import StoreError
-from cascadefs.namespace import ROOT
-from cascadefs.scheduler import PATIENCE_S, QUIET_S, may_seal
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.metadata.sqlite import claim
+from cascadefs.placement.decisions import PATIENCE_S, QUIET_S, may_seal
 from cascadefs.stats import metrics, status
 from cascadefs.store import Store
 

@@ -11,10 +11,10 @@ import trio
 from recount import recount
 from stores import memory_of, opened, wipe_memory
 
-import cascadefs.straight
+import cascadefs.writeback.single_pass
 from cascadefs.ext import hashing
-from cascadefs.namespace import ROOT
-from cascadefs.tiers.capture import Capture
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.tiers.packer import Capture
 
 MIB = 1 << 20
 
@@ -26,12 +26,12 @@ def meanwhile(monkeypatch):
     def arrange(action):
         class Interrupted(Capture):
             def run(self, subjects, manifest):
-                monkeypatch.setattr(cascadefs.straight, "Capture", Capture)
+                monkeypatch.setattr(cascadefs.writeback.single_pass, "Capture", Capture)
                 end = super().run(subjects, manifest)
                 trio.from_thread.run(action)
                 return end
 
-        monkeypatch.setattr(cascadefs.straight, "Capture", Interrupted)
+        monkeypatch.setattr(cascadefs.writeback.single_pass, "Capture", Interrupted)
 
     return arrange
 
@@ -242,7 +242,7 @@ async def test_a_second_flush_waits_and_does_not_vouch_for_what_the_first_has_re
 
 
 async def test_many_passes(slow_seal, monkeypatch):
-    monkeypatch.setattr(cascadefs.straight, "FILES", 7)
+    monkeypatch.setattr(cascadefs.writeback.single_pass, "FILES", 7)
     contents = {f"f{i}": os.urandom(20_000) for i in range(40)}
     async with opened(replace(slow_seal, batch_size=16 << 10)) as store:
         for name, data in contents.items():
@@ -355,7 +355,7 @@ async def test_equal_files_share_memory_also_while_the_disk_takes_nothing(settin
     def broken(*words):
         raise OSError(errno.EIO, "the disk is gone")
 
-    monkeypatch.setattr(cascadefs.straight.Capture, "run", broken)
+    monkeypatch.setattr(cascadefs.writeback.single_pass.Capture, "run", broken)
     async with opened(replace(settings, seal_delay=0.2)) as store:
         monkeypatch.setattr(store.residency.cold, "append", broken)
         await store.put("a", data)

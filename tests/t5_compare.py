@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from conftest import CASCADEFS, need_root_and_fuse
 
 import cascadefs.bench.compare
+from cascadefs.bench.cli.compare_cli import bench_compare
 from cascadefs.bench.compare import host, kv, plots, presets, rows, runner, show
 from cascadefs.bench.compare.adapter import Safety, Service, Shape, all_systems, drop_page_cache
 from cascadefs.bench.compare.systems import pdc
 from cascadefs.bench.compare.systems.memcpy import Memcpy
 from cascadefs.bench.targets import default_setup
 from cascadefs.errors import UserError
-from cascadefs.mount.compare_cli import bench_compare
 
 CONTRACT_S = 120
 SMALL = Shape(ranks=2, tokens=1, blocks=4, duplicates=0.5)

@@ -9,11 +9,12 @@ import pytest
 from stores import opened
 from t5_transport import CREATE, INIT, INIT_EXT, PASSTHROUGH2, Wire
 
-from cascadefs import fsck, name_ring
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, NAME_RING_BYTES, SPARES_AT_MOST
-from cascadefs.mount.attributes import NO_FILE_YET
-from cascadefs.name_ring import NameRing
-from cascadefs.rebuild import rebuild
+from cascadefs.formats import name_ring
+from cascadefs.formats.name_ring import NameRing
+from cascadefs.integrity import fsck
+from cascadefs.integrity.rebuild import rebuild
+from cascadefs.mount.fuse.attributes import NO_FILE_YET
 from cascadefs.store import Store
 
 GETATTR, OPEN = 3, 14
@@ -23,7 +24,7 @@ ATTRIBUTES = struct.Struct("<6Q10I")  # struct fuse_attr
 
 
 class Maker(Wire):
-    """A transport with a ring; `offer` gives it spares as mount/spares.py does."""
+    """A transport with a ring; `offer` gives it spares as mount/fuse/spares.py does."""
 
     def __init__(self, folder):
         self.folder = folder

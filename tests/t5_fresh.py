@@ -183,7 +183,7 @@ def test_readers_writers_and_sealing_at_once(mounted):
 
 
 def test_grants_of_many_fresh_files_are_bounded(mounted):
-    most = 4096  # grants.py
+    most = 4096  # delegations.py
     for i in range(most + 600):
         (mounted.path / f"{i}").write_bytes(b"%d" % i)
     worker = Path(f"/proc/{mounted.status()['worker_pid']}/fd")

@@ -13,13 +13,13 @@ import flips
 import pytest
 from stores import flip, memory_of, move_in, opened, wipe_memory
 
-from cascadefs import fsck
 from cascadefs.config import MIB, Settings
 from cascadefs.errors import StoreError
-from cascadefs.namespace import ROOT
-from cascadefs.record import record_bytes
+from cascadefs.formats.record import record_bytes
+from cascadefs.integrity import fsck
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.store import Store
-from cascadefs.tiers.cold import Piece
+from cascadefs.tiers.extents import Piece
 
 TORTURE = bool(os.environ.get("TORTURE"))  # every byte of a small store, not a sample
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cascadefs.config import MIB
-from cascadefs.reserve import PIECE_BYTES, SHARE, Reserve
+from cascadefs.media.reserve import PIECE_BYTES, SHARE, Reserve
 from tests.conftest import MODES, Mount, cascadefs, mounted, need_root_and_fuse
 
 SIZE_MIB = 24

@@ -13,9 +13,9 @@ from t5_creates import Maker
 from t5_transport import OPEN
 
 from cascadefs.ext.fuse_transport import FOPEN_NOFLUSH, FOPEN_PASSTHROUGH
-from cascadefs.mount.grants import Grants
-from cascadefs.mount.handles import Handles
-from cascadefs.mount.table import Table
+from cascadefs.mount.fuse.delegations import Grants
+from cascadefs.mount.fuse.handles import Handles
+from cascadefs.mount.fuse.handover import Table
 
 FOLDER, RELEASE, RESENT = 1, 18, 1 << 63  # Wire asks about inode 1
 

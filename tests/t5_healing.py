@@ -8,8 +8,8 @@ import pytest
 import trio
 from stores import flip, opened, wipe_memory
 
-from cascadefs import fsck
 from cascadefs.config import MIB
+from cascadefs.integrity import fsck
 from cascadefs.stats import status
 
 

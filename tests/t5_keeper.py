@@ -5,10 +5,10 @@ import signal
 
 import pytest
 
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.mount.fuse.handover import HANDLES, KeptHandle, Table
+from cascadefs.mount.fuse.resent import RESENT, Once
 from cascadefs.mount.keeper import CRASHES_MAX, KILLS_MAX, SHORT_LIFE_S, Death, plan_restart
-from cascadefs.mount.once import RESENT, Once
-from cascadefs.mount.table import HANDLES, KeptHandle, Table
-from cascadefs.namespace import ROOT
 
 CRASH, KILL, LONG = Death(signal.SIGSEGV, 0.1), Death(signal.SIGKILL, 0.1), Death(signal.SIGSEGV, SHORT_LIFE_S)
 FAILED = Death(1 << 8, 0.1)

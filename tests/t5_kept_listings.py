@@ -8,7 +8,7 @@ import pytest
 from t5_listing import OPENDIR, READDIRPLUS, ROOT, ask, drop_caches, io_body, requests, until
 from t5_transport import OPEN, Wire
 
-from cascadefs.mount.listings import BOUNDS_MAX, Part, Wholes
+from cascadefs.mount.fuse.listings import BOUNDS_MAX, Part, Wholes
 
 CACHE, KEEP = 8, 2  # FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE
 FOLDER, NAMES = 9, 2000

@@ -15,11 +15,11 @@ import pytest
 from t5_transport import READDIR, TIMEOUT_S, Wire, io_body
 
 from cascadefs.bench.ops import Statx
-from cascadefs.database import Database
 from cascadefs.ext import listing
-from cascadefs.mount.attributes import BLOCK, FOLDER_BLOCK, SETTLED_S, STAGED_S
-from cascadefs.mount.listings import BOUNDS_MAX, Bounds
-from cascadefs.namespace import NO_BOUND, ROOT, Namespace
+from cascadefs.metadata.namespace import NO_BOUND, ROOT, Namespace
+from cascadefs.metadata.sqlite import Database
+from cascadefs.mount.fuse.attributes import BLOCK, FOLDER_BLOCK, SETTLED_S, STAGED_S
+from cascadefs.mount.fuse.listings import BOUNDS_MAX, Bounds
 from cascadefs.store import Store
 from cascadefs.types import Home
 
@@ -117,7 +117,7 @@ def test_entries_out_of_order_are_refused(names):
 
 NEVER_OFFERED = """
 import pathlib, sys
-from cascadefs.database import Database
+from cascadefs.metadata.sqlite import Database
 print(Database(pathlib.Path(sys.argv[1])).has_function("direntplus"))
 """
 

@@ -9,9 +9,9 @@ from t5_creates import ATTRIBUTES, FOLDER, GETATTR, RESENT
 from t5_grants import forwarded, until
 from t5_removals import ENOENT, FILE, LOOKUP, Remover, is_known, names_and_a
 
-from cascadefs import name_ring
-from cascadefs.name_ring import Created, Moved, NameRing, Removed
-from cascadefs.rebuild import rebuild
+from cascadefs.formats import name_ring
+from cascadefs.formats.name_ring import Created, Moved, NameRing, Removed
+from cascadefs.integrity.rebuild import rebuild
 from cascadefs.store import Store
 
 RENAME, OTHER_FOLDER = 12, 5

@@ -9,15 +9,17 @@ import pytest
 import trio
 from stores import flip, opened, wipe_memory, written
 
-from cascadefs import fsck, journal, scan
 from cascadefs.config import MIB, Settings
-from cascadefs.index import digest_of
-from cascadefs.manifest import Listed, Manifest, Told, decode, encode
-from cascadefs.namespace import ROOT
-from cascadefs.rebuild import Replay, Tree, rebuild
-from cascadefs.record import RecordHeader
-from cascadefs.sealing import Outcome
+from cascadefs.formats.manifest import Listed, Manifest, Told, decode, encode
+from cascadefs.formats.record import RecordHeader
+from cascadefs.integrity import fsck
+from cascadefs.integrity.rebuild import Replay, Tree, rebuild
+from cascadefs.metadata import manifests
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.metadata.objects import digest_of
 from cascadefs.store import Store
+from cascadefs.tiers import scan
+from cascadefs.writeback.sealing import Outcome
 
 
 def quiet(done, total):
@@ -348,24 +350,24 @@ async def test_a_snapshot_leaves_turns_to_requests(settings, hurried):
             turns += 1
 
     async with opened(settings) as store, trio.open_nursery() as nursery:
-        for number in range(4 * journal.SLICE):
+        for number in range(4 * manifests.SLICE):
             store.namespace.make(ROOT, b"%d" % number, stat.S_IFREG | 0o600, 0, 0)
         nursery.start_soon(requests)
         start = trio.current_time()
         taken = await store.mover.journal.everything(lambda: hurried)
         spent, done = trio.current_time() - start, True
-    assert len(taken.manifest.inodes) > 4 * journal.SLICE  # and the root
+    assert len(taken.manifest.inodes) > 4 * manifests.SLICE  # and the root
     assert turns >= 4
-    assert hurried or spent >= 4 * journal.SLICE_PAUSE_S
+    assert hurried or spent >= 4 * manifests.SLICE_PAUSE_S
 
 
 @pytest.mark.parametrize("hurried", [False, True])
 async def test_a_long_manifest_is_written_down_with_pauses(monkeypatch, hurried):
     pauses = []
-    monkeypatch.setattr(journal.time, "sleep", pauses.append)
+    monkeypatch.setattr(manifests.time, "sleep", pauses.append)
     told = [Told(ino, 0o100644, 1, 2, 0, 3, 4, 5, None, None, [(1, b"%d" % ino)]) for ino in range(2, 202)]
     manifest = Manifest(7, True, told, [], [])
-    assert decode(await journal.encoded(manifest, lambda: hurried)) == manifest
+    assert decode(await manifests.encoded(manifest, lambda: hurried)) == manifest
     assert not pauses if hurried else len(pauses) >= 10
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from t5_creates import ATTRIBUTES, FOLDER, GETATTR, RESENT, Maker
 
-from cascadefs import name_ring
-from cascadefs.name_ring import Created, NameRing, Removed
+from cascadefs.formats import name_ring
+from cascadefs.formats.name_ring import Created, NameRing, Removed
 from cascadefs.store import Store
 
 LOOKUP, UNLINK, ENOENT = 1, 10, -2

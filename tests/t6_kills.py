@@ -27,7 +27,7 @@ import pytest
 from conftest import MODES, Mount, cascadefs, need_root_and_fuse
 
 from cascadefs.crash import POINTS
-from cascadefs.mount import device
+from cascadefs.mount.fuse import device
 from cascadefs.mount.leaving import is_running
 
 KILLS = int(os.environ.get("CASCADEFS_KILLS", "30"))

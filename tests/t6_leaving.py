@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import AS_NOBODY, Mount, cascadefs, need_root_and_fuse
 
-from cascadefs.mount import asking, device, holders, mountinfo
+from cascadefs.mount import asking, holders, mountinfo
+from cascadefs.mount.fuse import device
 from cascadefs.mount.leaving import is_running
 from cascadefs.tiers import owner
 

@@ -37,7 +37,7 @@ def test_too_few_descriptors_are_refused_and_nothing_is_touched(mount):
 @pytest.mark.parametrize("most", [None, 1 << 30])
 def test_a_limit_of_file_sizes_is_lifted_or_refused(mount, most):
     """Of the soft limit anybody may; more than that takes CAP_SYS_RESOURCE, which is taken away here."""
-    program = "import resource, sys; from cascadefs import descriptors\n"
+    program = "import resource, sys; from cascadefs.media import descriptors\n"
     program += "descriptors.lift_file_size(); print(resource.getrlimit(resource.RLIMIT_FSIZE)[0])"
     drop = ["setpriv", "--bounding-set", "-sys_resource", "--inh-caps", "-sys_resource"]
     if shutil.which("setpriv") is None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from twin.machine import Walk
 
-from cascadefs.mount.device import kernel_release
+from cascadefs.mount.fuse.device import kernel_release
 from cascadefs.mount.keeper import RESEND_SINCE
 
 MIB = 1 << 20

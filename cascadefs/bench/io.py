@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from cascadefs.errors import UserError
-from cascadefs.tiers.flight import page_buffer
+from cascadefs.media.transfers import page_buffer
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 STAMP_BYTES = 64 * KIB  # finer than any block of a store, coarse enough to cost 2 us per MiB, outside the clock

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cascadefs import media
-from cascadefs.doors import private_folder
 from cascadefs.errors import StoreError
+from cascadefs.media import file_io
+from cascadefs.media.private_files import private_folder
 
 MEMORY = "memory.json"  # in the store
 RECORD = ("owner", "record")  # in the tier: a folder, so that the tmpfs that is mounted over it cannot be lost to an rmdir
@@ -83,7 +83,7 @@ def _known(kind: type[R], path: Path) -> R | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fd = media.open_file(path, os.O_RDONLY)
+        fd = file_io.open_file(path, os.O_RDONLY)
     except OSError:
         return {}
     with os.fdopen(fd, "rb") as file:
@@ -107,9 +107,9 @@ def write_owner(folder: Path, owner: Owner) -> None:
 
 def _write_in_place(path: Path, owner: Owner) -> None:
     """A full tmpfs has no page for a second file; the first one has a whole page."""
-    fd = media.open_file(path, os.O_WRONLY)
+    fd = file_io.open_file(path, os.O_WRONLY)
     try:
-        media.write_fully(fd, json.dumps(asdict(owner)).encode().ljust(os.fstat(fd).st_size), 0)
+        file_io.write_fully(fd, json.dumps(asdict(owner)).encode().ljust(os.fstat(fd).st_size), 0)
     finally:
         os.close(fd)
 
@@ -117,25 +117,25 @@ def _write_in_place(path: Path, owner: Owner) -> None:
 def write_memory(store: Path, memory: Memory) -> None:
     """Durable afterwards."""
     _write(store / MEMORY, memory, sync=True)
-    media.sync_folder(store)
+    file_io.sync_folder(store)
 
 
 def _write(path: Path, record: Owner | Memory, sync: bool) -> None:
     partial = path.with_suffix(".new")
-    fd = media.open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    fd = file_io.open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        media.write_fully(fd, json.dumps(asdict(record)).encode(), 0)
+        file_io.write_fully(fd, json.dumps(asdict(record)).encode(), 0)
         if sync:
-            media.sync_file(fd)
+            file_io.sync_file(fd)
     finally:
         os.close(fd)
-    media.rename(partial, path)
+    file_io.rename(partial, path)
 
 
 def lock(folder: Path, alone: bool) -> int | None:
     """A descriptor of a tier's folder with its lock; None: somebody else has it, or there is no such folder."""
     try:
-        fd = media.open_file(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fd = file_io.open_file(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -317,7 +317,7 @@ def is_empty(folder: Path) -> bool:
 def unsign(folder: Path) -> None:
     """The record goes, and its folder."""
     for name in ("record", "record.new"):
-        media.remove(folder / RECORD[0] / name)
+        file_io.remove(folder / RECORD[0] / name)
     with contextlib.suppress(OSError):
         os.rmdir(folder / RECORD[0])
 

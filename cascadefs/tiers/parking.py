@@ -8,8 +8,8 @@ written: the page cache holds them then, whatever became of processes.
 import os
 from pathlib import Path
 
-from cascadefs import media
-from cascadefs.tiers.files import FileTier
+from cascadefs.media import file_io
+from cascadefs.tiers.folder import FileTier
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -27,10 +27,10 @@ class Parking(FileTier):
         was lost, or is older, says the same: do not trust."""
         if self.survived:
             return
-        media.remove(self._mark)
-        fd = media.open_file(self._mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        file_io.remove(self._mark)
+        fd = file_io.open_file(self._mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            media.write_fully(fd, self._boot, 0)
+            file_io.write_fully(fd, self._boot, 0)
         finally:
             os.close(fd)
         self.survived = True

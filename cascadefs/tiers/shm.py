@@ -16,11 +16,11 @@ from pathlib import Path
 
 import humanfriendly
 
-from cascadefs import media
-from cascadefs.doors import private_folder
 from cascadefs.errors import GONE
-from cascadefs.name_ring import PLACE as NAMES
-from cascadefs.tiers.files import PARTS, FileTier
+from cascadefs.formats.name_ring import PLACE as NAMES
+from cascadefs.media import file_io
+from cascadefs.media.private_files import private_folder
+from cascadefs.tiers.folder import PARTS, FileTier
 from cascadefs.tiers.owner import Claim, unsign
 from cascadefs.tiers.pages import PageSizes
 
@@ -133,8 +133,8 @@ class ShmTier(FileTier):
     def _watch(self) -> None:
         self.stop_watching()
         for path in (str(self.folder), self.staged_folder, self._objects, self._private):
-            self._watched[path] = media.open_file(path, os.O_RDONLY | os.O_DIRECTORY)
-        self._counts = media.filesystem_magic(self.folder) == TMPFS_MAGIC
+            self._watched[path] = file_io.open_file(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._counts = file_io.filesystem_magic(self.folder) == TMPFS_MAGIC
 
     def stop_watching(self) -> None:
         """The store is closed."""
@@ -161,7 +161,7 @@ class ShmTier(FileTier):
 
     def copy_in(self, source_fd: int, path: str) -> None:
         """As FileTier.copy_in(); a hole would become part of a huge page."""
-        with self.pages.small() if media.has_gaps(os.fstat(source_fd)) else contextlib.nullcontext():
+        with self.pages.small() if file_io.has_gaps(os.fstat(source_fd)) else contextlib.nullcontext():
             super().copy_in(source_fd, path)
 
     def drop(self, digest: bytes) -> None:
@@ -196,6 +196,6 @@ def _empty(folder: Path) -> None:
         if (folder / part).is_dir() and not (folder / part).is_symlink():
             for name in os.listdir(folder / part):
                 with contextlib.suppress(IsADirectoryError):
-                    media.remove(folder / part / name)
+                    file_io.remove(folder / part / name)
             os.rmdir(folder / part)
     unsign(folder)

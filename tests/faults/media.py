@@ -24,9 +24,9 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database
 from cascadefs.errors import StoreError
-from cascadefs.namespace import ROOT
+from cascadefs.metadata import sqlite
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.store import Store
 from cascadefs.types import Home
 from tests.faults.control import DELAY, DISK, FAIL, KINDS, SHORT, TIERS, Control, Fault
@@ -85,7 +85,7 @@ class Visit:
                 raise
             self.control.off()
             self.store = Store(self.settings)
-        database.WAL_FRAMES = 60
+        sqlite.WAL_FRAMES = 60
 
     async def tried(self, work: Callable[[], Awaitable[object]]) -> bool:
         """Whether an operation succeeded; if not, it failed with the errno of the medium. SQLite keeps none of a sync."""
@@ -309,7 +309,7 @@ def main() -> None:
     base, control, name = Path(sys.argv[1]), Control(Path(sys.argv[2])), sys.argv[3]
     part, parts, every = map(int, sys.argv[4:])
     fault, result = FAULTS[name], Result()
-    database.BLOCK_BYTES = BLOCK_BYTES
+    sqlite.BLOCK_BYTES = BLOCK_BYTES
     logging.disable(logging.CRITICAL)  # thousands of faults have much to tell
     if complaint := visit(base, control, fault, None):
         result.complaints.append(f"without a fault: {complaint}")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import trio
 
-from cascadefs.namespace import ROOT
-from cascadefs.rebuild import LOST, rebuild
+from cascadefs.integrity.rebuild import LOST, rebuild
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.store import Store
 from tests import faults
 from tests.faults import crash

@@ -19,13 +19,17 @@ from unittest import mock
 
 import trio
 
-from cascadefs import database, fsyncs, media, patch_log, patches, reserve, scheduler
 from cascadefs.config import Settings
-from cascadefs.database import Database
-from cascadefs.mover import Mover
-from cascadefs.namespace import ROOT
+from cascadefs.media import file_io, reserve
+from cascadefs.metadata import sqlite
+from cascadefs.metadata.namespace import ROOT
+from cascadefs.metadata.sqlite import Database
+from cascadefs.placement import decisions
 from cascadefs.store import Store
+from cascadefs.tiers import patch_log
 from cascadefs.types import Home
+from cascadefs.writeback import fsync, patches
+from cascadefs.writeback.mover import Mover
 from tests.stores import pause
 
 KIB = 1024
@@ -39,8 +43,8 @@ _library = ctypes.CDLL(None)
 
 def settings(base: Path) -> Settings:
     """Of the recording and of every replay."""
-    reserve.RESERVE_BYTES, scheduler.STRAIGHT_BYTES = 64 * KIB, 16 * KIB
-    fsyncs.SYNCS = 1
+    reserve.RESERVE_BYTES, decisions.STRAIGHT_BYTES = 64 * KIB, 16 * KIB
+    fsync.SYNCS = 1
     patches.FROM_BYTES, patches.LOG_BYTES, patch_log.ROOM_BYTES = 4 * KIB, 32 * KIB, 16 * KIB
     return Settings(
         store=base / "disk" / "store",
@@ -65,7 +69,7 @@ class Recorder:
 
     def opened(self) -> Store:
         store = Store(settings(self.base))
-        database.WAL_FRAMES = CHECKPOINT_EVERY
+        sqlite.WAL_FRAMES = CHECKPOINT_EVERY
         return store
 
     def mark(self, **what: object) -> None:
@@ -227,7 +231,7 @@ class Recorder:
 
 def unsynced_data() -> None:
     """The index is committed and synced, the records that it points to are not."""
-    media.sync_data = lambda fd: None
+    file_io.sync_data = lambda fd: None
 
 
 def unsynced_index() -> None:
@@ -247,7 +251,7 @@ def early_punch() -> None:
 
 def unsynced_names() -> None:
     """New extents and the files of the index get no folder sync."""
-    media.sync_folder = lambda folder: None
+    file_io.sync_folder = lambda folder: None
 
 
 def early_sums() -> None:
@@ -268,7 +272,7 @@ MUTANTS = {m.__name__: m for m in (unsynced_data, unsynced_index, early_punch, u
 def main() -> None:
     """See the first lines."""
     base, seed, steps, mutant = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    database.BLOCK_BYTES = BLOCK_BYTES
+    sqlite.BLOCK_BYTES = BLOCK_BYTES
     if mutant != "none":
         MUTANTS[mutant]()
 

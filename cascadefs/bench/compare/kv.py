@@ -11,7 +11,7 @@ import numpy as np
 
 from cascadefs.bench.compare.adapter import Pair, Shape, split
 from cascadefs.bench.io import KIB, MIB, STAMP_BYTES
-from cascadefs.tiers.flight import page_buffer
+from cascadefs.media.transfers import page_buffer
 
 POOL_BYTES = 4 * MIB  # far more than any compressor's window that is used here
 STEP = 2 * KIB  # a piece begins at a multiple of this in the pool: finding the same piece twice is rare

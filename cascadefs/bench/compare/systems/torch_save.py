@@ -3,16 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cascadefs.bench.compare.adapter import (
-    HEAD_SIZE,
-    HEADS,
-    LAYERS,
-    Pair,
-    Safety,
-    Shape,
-    not_importable,
-    register,
-)
+from cascadefs.bench.compare.adapter import HEAD_SIZE, HEADS, LAYERS, Pair, Safety, Shape, not_importable, register
 from cascadefs.bench.compare.own_files import OnTmpfs, OwnFiles
 
 

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cascadefs.bench.compare import kv
-from cascadefs.bench.compare.adapter import (
-    Pair,
-    Safety,
-    Shape,
-    not_importable,
-    register,
-    split,
-)
+from cascadefs.bench.compare.adapter import Pair, Safety, Shape, not_importable, register, split
 from cascadefs.bench.compare.own_files import OnTmpfs, OwnFiles
 
 

@@ -1,0 +1,1 @@
+"""`cascadefs bench ...`: arguments, tables, progress."""

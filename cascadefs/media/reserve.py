@@ -1,0 +1,120 @@
+"""A few MiB of the store's disk kept aside, so that a full disk can still be emptied: deleting a file makes the index grow.
+
+Owns: <store>/reserve, a file of allocated blocks and no content. Knows nothing of what is deleted. Invariants:
+(1) Only work that frees space is given of the reserve, no more of it than it needs, and what it leaves is taken back at once.
+(2) What becomes free goes to the reserve before it goes to new data: fill() says whether those may have any.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from cascadefs.config import KIB, MIB
+from cascadefs.media import file_io
+
+RESERVE_BYTES = 8 * MIB  # a thousand deletions, if nothing that was written before can be written over
+SHARE = 16  # at most such a part of the disk
+PIECE_BYTES = 64 * KIB  # is given up first, some deletions; then twice as much, and so on: somebody else may have been faster
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+class Reserve:
+    """The reserve of one store. `reuse` is called when a part of it is given up: whoever can do with less space does. `shrink`,
+    when there is none left, tells whether it has given back any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / "reserve"
+        space = os.statvfs(folder)
+        self.wanted_bytes = min(RESERVE_BYTES, space.f_blocks * space.f_frsize // SHARE)
+        self.bytes = os.lstat(self._path).st_size if self._path.exists() else 0
+        self.reuse: Callable[[], None] = lambda: None
+        self.shrink: Callable[[], bool] = lambda: False
+
+    @property
+    def held(self) -> bool:
+        """Whether all of it is there."""
+        return self.bytes >= self.wanted_bytes
+
+    def fill(self) -> bool:
+        """Take what is missing, or as much of it as is free. Whether new data may be written: not before the reserve is whole,
+        unless it is no lack of space that keeps it from being so."""
+        if self.held:
+            return True
+        space = os.statvfs(self._folder)
+        step = min(self.wanted_bytes - self.bytes, space.f_bavail * space.f_frsize)
+        if step < min(PIECE_BYTES, self.wanted_bytes - self.bytes):
+            return False
+        try:
+            self._take(step)
+        except OSError as e:
+            log.debug("no reserve on the disk of the store: %s", e)
+            return e.errno != errno.ENOSPC
+        return self.held
+
+    def _take(self, step: int) -> None:
+        fd = file_io.open_file(self._path, os.O_WRONLY | os.O_CREAT)
+        try:
+            while step:
+                try:
+                    file_io.allocate(fd, step, self.bytes)
+                    self.bytes += step
+                    return
+                except OSError as e:
+                    file_io.truncate(fd, self.bytes)
+                    step //= 2
+                    if e.errno != errno.ENOSPC or step < PIECE_BYTES:
+                        raise
+        finally:
+            os.close(fd)
+
+    def spend(self, piece_bytes: int) -> bool:
+        """Give up so much of it; whether there was any."""
+        if not self.bytes:
+            return False
+        if self.held:
+            log.warning("the disk of the store is full: its reserve is used to free space")
+        self.bytes = max(0, self.bytes - piece_bytes)
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+            file_io.truncate(self._path, self.bytes)
+        return True
+
+    def _given(self) -> Iterator[bool]:
+        """Ways to more room, one after the other."""
+        piece_bytes = PIECE_BYTES
+        while self.spend(piece_bytes):
+            self.reuse()
+            yield True
+            piece_bytes *= 2
+        if self.shrink():
+            yield True
+
+    def lend(self, work: Callable[[], R]) -> R:
+        """The result of work that frees space; it is done again with some of the reserve when there is none without."""
+        given = self._given()
+        while True:
+            try:
+                result = work()
+            except OSError as e:
+                if e.errno != errno.ENOSPC or not next(given, False):
+                    raise
+            else:
+                self.fill()
+                return result
+
+    async def lend_to(self, work: Callable[[], Awaitable[None]]) -> None:
+        """The same for work that waits."""
+        given = self._given()
+        while True:
+            try:
+                await work()
+            except OSError as e:
+                if e.errno != errno.ENOSPC or not next(given, False):
+                    raise
+            else:
+                self.fill()
+                return

@@ -1,0 +1,1 @@
+"""Staged bytes become objects, objects become durable: sealing, fsync, flush, eviction."""

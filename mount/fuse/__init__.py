@@ -1,0 +1,1 @@
+"""The kernel's side of a mount: pyfuse3, our transport, and what each request does over a store."""
