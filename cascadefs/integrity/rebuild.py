@@ -24,14 +24,15 @@ from cascadefs.formats.record import MANIFEST, align_up, record_bytes
 from cascadefs.media import file_io
 from cascadefs.media.file_io import ALIGN
 from cascadefs.metadata.namespace import ROOT
-from cascadefs.metadata.objects import digest_of, recount_objects
+from cascadefs.metadata.objects import digest_of
+from cascadefs.metadata.offline import NewIndex
 from cascadefs.metadata.sqlite import Database, claim, read_identity
 from cascadefs.tiers import scan
 from cascadefs.tiers.extents import ColdTier
 from cascadefs.tiers.owner import tier_of
 from cascadefs.tiers.patch_log import FOLDER, path_of, read_header
 from cascadefs.tiers.scan import Found
-from cascadefs.types import EMPTY_OID, Home
+from cascadefs.types import EMPTY_OID, Home, Location
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 LOST = b"lost+found"
@@ -351,56 +352,51 @@ class Rebuilder:
         database = Database(folder)
         try:
             with database.transaction():
-                oids = self._write_contents(database, tree, homes)
-                self._write_names(database, tree, homes, oids)
+                index = NewIndex(database.connection)
+                oids = self._write_contents(index, tree)
+                self._write_names(index, tree, homes, oids)
+                index.count_references()
         finally:
             database.close()
 
-    def _write_contents(self, database: Database, tree: Tree, homes: dict[int, Home]) -> dict[bytes, int]:
+    def _write_contents(self, index: NewIndex, tree: Tree) -> dict[bytes, int]:
         """Objects, blocks, extents, manifests; the numbers of the objects."""
-        db, replay = database.connection, tree.replay
+        replay = tree.replay
         shown = [replay.content_of(told) for told in tree.inodes.values()]
         digests = sorted({digest for digest in shown if digest is not None})
-        oids, bids, live = {}, dict[Key, int](), dict.fromkeys(self.sizes, 0)
-        for oid, digest in enumerate(digests, 1):
-            content, oids[digest] = replay.contents[digest], oid
-            db.execute("INSERT INTO objects VALUES(?,?,?,0,1,NULL)", (oid, digest, content.size_bytes))
+        oids = {digest: oid for oid, digest in enumerate(digests, 1)}
+        bids, live = dict[Key, int](), dict.fromkeys(self.sizes, 0)
+        for digest, oid in oids.items():
+            content = replay.contents[digest]
+            index.add_object(oid, digest, content.size_bytes)
             for seq, key in enumerate(content.keys):
                 if key not in bids:
-                    bids[key], at = len(bids) + 1, self.blocks[key]
-                    row = (bids[key], *key, 0, at.extent, at.header.offset)
-                    db.execute("INSERT INTO blocks VALUES(?,?,?,?,?,?)", row)
-                    live[at.extent] += record_bytes(key[1])
-                db.execute("INSERT INTO object_blocks VALUES(?,?,?)", (oid, seq, bids[key]))
-        db.execute("UPDATE blocks SET refs=(SELECT count(*) FROM object_blocks o WHERE o.bid=blocks.bid)")
-        db.executemany("INSERT INTO extents VALUES(?,?,?,1)", [(n, size, live[n]) for n, size in self.sizes.items()])
-        for manifest, at in self._current_manifests():
-            place = (at.extent, at.header.offset, at.header.length, at.header.fingerprint)
-            db.execute("INSERT OR REPLACE INTO manifests VALUES(?,?,?,?,?,?)", (manifest.seq, *place, int(manifest.snapshot)))
+                    bids[key] = len(bids) + 1
+                    at = location(self.blocks[key])
+                    index.add_block(bids[key], key, at)
+                    live[at.extent] += record_bytes(at.length)
+                index.add_block_of(oid, seq, bids[key])
+        index.add_extents((number, size, live[number]) for number, size in self.sizes.items())
+        for manifest, record in self._current_manifests():
+            index.add_manifest(manifest.seq, location(record), record.header.fingerprint, manifest.snapshot)
         return oids
 
     def _current_manifests(self) -> list[tuple[Manifest, Found]]:
         starts = [at for at, (manifest, _) in enumerate(self.manifests) if manifest.snapshot]
         return self.manifests[starts[-1] if starts else 0 :]
 
-    def _write_names(self, database: Database, tree: Tree, homes: dict[int, Home], oids: dict[bytes, int]) -> None:
-        db, links = database.connection, tree.links()
+    def _write_names(self, index: NewIndex, tree: Tree, homes: dict[int, Home], oids: dict[bytes, int]) -> None:
+        links = tree.links()
         for ino, told in tree.inodes.items():
             digest, home = tree.replay.content_of(told), homes.get(ino, Home.NONE)
             oid = oids[digest] if digest is not None else None
             size = tree.replay.contents[digest].size_bytes if digest is not None else len(told.target or b"")
-            times = (told.atime_ns, told.mtime_ns, told.ctime_ns)
-            row = (ino, told.mode, told.uid, told.gid, links[ino], told.rdev, size, *times, home)
-            shown = None if home else oid
+            state = (told.mode, told.uid, told.gid, links[ino], told.rdev, size, told.atime_ns, told.mtime_ns, told.ctime_ns)
             is_empty = told.digest is None and ino in tree.replay.inodes and stat.S_ISREG(told.mode)
-            fallback = EMPTY_OID if is_empty else oid
-            values = (*row, shown, fallback, told.target, -(-size // 512))
-            db.execute(f"INSERT INTO inodes VALUES({','.join('?' * 17)})", (*values, 0, None))
-            db.executemany("INSERT INTO xattrs VALUES(?,?,?)", [(ino, name, value) for name, value in told.xattrs])
-        rows = [(parent, at, name, ino) for at, ((parent, name), ino) in enumerate(tree.entries.items(), 1)]
-        db.executemany("INSERT INTO entries VALUES(?,?,?,?)", rows)
-        recount_objects(db)
-        db.executemany("INSERT INTO patch_logs VALUES(?,?)", self._logs(tree))
+            index.add_inode(ino, state, home, (None if home else oid, EMPTY_OID if is_empty else oid), told.target)
+            index.add_xattrs(ino, told.xattrs)
+        index.add_entries((parent, at, name, ino) for at, ((parent, name), ino) in enumerate(tree.entries.items(), 1))
+        index.add_logs(self._logs(tree))
 
     def _logs(self, tree: Tree) -> list[tuple[int, int]]:
         """(inode, number) of the logs of patches that the next mount puts on top of what their inodes show."""
@@ -427,6 +423,11 @@ class Rebuilder:
         now = time.strftime("%Y%m%d-%H%M%S")
         marks = (f"{now}-{number}" if number else now for number in itertools.count())
         return next(mark for mark in marks if not any((self.store / f"{name}.before-{mark}").exists() for name in INDEX_FILES))
+
+
+def location(record: Found) -> Location:
+    """Where a record that was found lies."""
+    return Location(record.extent, record.header.offset, record.header.length)
 
 
 def rebuild(store: Path, shm_dir: Path, progress: Progress) -> Rebuilt:
