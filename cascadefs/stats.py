@@ -65,12 +65,11 @@ def _staged(store: Store) -> Staged:
 
 
 def tiers(store: Store, totals: Mapping[str, int], staged: Staged) -> dict[str, Any]:
-    """One entry a tier; a tier that this machine lacks has capacity 0."""
+    """One entry a tier."""
     residency, space = store.residency, store.database.space()
     dirty_in_memory = sum(size for digest, size in residency.memory.objects.items() if digest not in residency.clean)
     allocated = residency.cold.allocated_bytes()
     return {
-        "gpu": _tier(0, 0, 0, 0, 0, 0),
         "shm": _tier(
             residency.memory.capacity_bytes,
             residency.memory.used_bytes(),

@@ -144,7 +144,7 @@ class Daemon:
         mode = "passthrough" if self.passthrough else f"portable ({self.why_not})"
         return (
             f"mounted at {self.wanted.mountpoint}, mode {mode}\n"
-            f"  gpu   none (no cupy or no CUDA device)\n"
+            "  gpu   not used: there is no tier for it yet\n"
             f"  shm   {size} at {memory.folder} ({huge})\n"
             f"  cold  {settings.store}{' (Lustre, striped)' if self.store.residency.cold.on_lustre else ''}"
             + "".join(f"\n{note}" for note in memory.claim.notes)
