@@ -1,4 +1,4 @@
-"""Taking locks. Which there are, and their order: ARCHITECTURE.md. Owns none of them."""
+"""Taking locks and waking tasks. Which locks there are, and their order: ARCHITECTURE.md. Owns none of them."""
 
 import trio
 
@@ -9,3 +9,21 @@ async def take(lock: trio.Lock) -> None:
         lock.acquire_nowait()
     except trio.WouldBlock:
         await lock.acquire()
+
+
+class Bell:
+    """Wakes the tasks that wait for it; rung while none does, the next one to wait."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def ring(self) -> None:
+        """In the trio thread; never waits."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Until it is rung, or has been since somebody was woken. All that wait are woken."""
+        event = self._event
+        await event.wait()
+        if self._event is event:
+            self._event = trio.Event()

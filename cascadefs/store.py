@@ -23,6 +23,7 @@ from cascadefs.contents.files import Files
 from cascadefs.contents.open_files import Handle
 from cascadefs.contents.outgrown import Outgrown
 from cascadefs.contents.streams import Streams
+from cascadefs.contents.watcher import Nobody, Watcher
 from cascadefs.errors import GONE, StoreError, os_error
 from cascadefs.formats.name_ring import NameRing
 from cascadefs.integrity.loss import Loss
@@ -58,19 +59,20 @@ class Store:
         keep_orphans: bool = False,
         first_ino: int = 0,
         adrift: Mapping[int, int] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         """Raises StoreError when the folder is no store, in use, or of another format; nothing is touched then.
 
         claim_fd: the lock that another process holds for this one. keep_orphans: a kernel may still use files without a name.
         first_ino: lower numbers may be known to that kernel for inodes that are gone. adrift: descriptors of staged files that
-        had lost their names when an earlier worker died, by inode.
+        had lost their names when an earlier worker died, by inode. watcher: who serves the files to a kernel.
         """
         self.settings = settings
         self.keeps_memory_s: float | None = None  # instead of the setting
         try:
             self.database = Database(settings.store, claim_fd)
             try:
-                self._put_together(keep_orphans, first_ino, adrift or {})
+                self._put_together(keep_orphans, first_ino, adrift or {}, watcher or Nobody())
             except BaseException:
                 self.database.close()
                 raise
@@ -78,14 +80,12 @@ class Store:
             raise StoreError(f"the store {settings.store} cannot be opened: {e}; see to its disk and mount again") from e
         self.namespace, self.index = self.files.namespace, self.residency.index
         self.sealer, self.outgrown = Sealer(self.files), Outgrown(self.files)
-        self.mover = Mover(self.files, self.sealer)
         self.loss = Loss(self.files, self.ring)
-        self.mover.look_at_memory = self.loss.look
+        self.mover = Mover(self.files, self.sealer, self.loss.look)
         self.streams = Streams(self.files)
         self.verifier = Verifier(self.files, self.mover)
-        self.residency.healer.paths_of = self._paths_of_block
 
-    def _put_together(self, keep_orphans: bool, first_ino: int, adrift: Mapping[int, int]) -> None:
+    def _put_together(self, keep_orphans: bool, first_ino: int, adrift: Mapping[int, int], watcher: Watcher) -> None:
         settings, identity = self.settings, self.database.identity
         index = Index(self.database)
         memory = ShmTier(self._claim_memory(index, keep_orphans), settings.shm_size)
@@ -95,8 +95,8 @@ class Store:
         parking = Parking(settings.store / "parking")
         cold = ColdTier(settings.store / "extents", identity.store_id, identity.secret)
         file_io.sync_folder(settings.store)  # names of index.db, its WAL and extents/: a synced WAL without a name is lost
-        self.residency = Residency(index, memory, parking, cold, Lru(), Sources())
-        self.files = Files(settings, self.database, self.residency, first_ino)
+        self.residency = Residency(index, memory, parking, cold, Lru(), Sources(watcher), self._paths_of_block)
+        self.files = Files(settings, self.database, self.residency, watcher, first_ino)
         for ino, fd in adrift.items():
             self.files.adrift.keep(ino, fd)
         self.ring = NameRing(memory.folder)

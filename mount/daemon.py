@@ -31,7 +31,7 @@ from cascadefs.ext import listing
 from cascadefs.ext.fuse_transport import LARGEST_SPLICED_READ
 from cascadefs.formats.name_ring import PLACE as NAMES
 from cascadefs.media import file_io
-from cascadefs.mount.fuse import device, lost_memory
+from cascadefs.mount.fuse import device
 from cascadefs.mount.fuse.device import Device, kernel_release
 from cascadefs.mount.fuse.handles import Handles
 from cascadefs.mount.fuse.handover import Table
@@ -39,6 +39,7 @@ from cascadefs.mount.fuse.operations import Operations
 from cascadefs.mount.fuse.resent import Once
 from cascadefs.mount.fuse.session import Session
 from cascadefs.mount.fuse.virtual import Virtual
+from cascadefs.mount.fuse.watcher import MountWatcher
 from cascadefs.mount.legacy import Will
 from cascadefs.store import Store
 
@@ -78,7 +79,8 @@ class Daemon:
         self.wanted, self.table, self.took_over = wanted, table, kept is not None
         settings = wanted.configuration.settings
         listing.offer()
-        self.store = Store(settings, claim_fd, self.took_over, table.first_ino, adrift)
+        self.watcher = MountWatcher()
+        self.store = Store(settings, claim_fd, self.took_over, table.first_ino, adrift, self.watcher)
         if not self.took_over:
             table.first_ino = self.store.namespace.first_ino
         try:
@@ -102,9 +104,8 @@ class Daemon:
 
     def make_will(self, will: Will) -> None:
         """From now on the keeper has what the next worker will need."""
-        claim, found = self.store.residency.memory.claim, self.store.files.adrift
-        claim.locked, found.went, found.came_back = will.locked, will.went, will.came_back
-        claim.locked(claim.lock_fd)
+        self.store.residency.memory.claim.bequeath(will)
+        self.store.files.adrift.bequeath(will)
 
     def _probe_passthrough(self, wanted: bool) -> tuple[bool, str]:
         """Whether the kernel will move the bytes, and if not, why."""
@@ -170,7 +171,7 @@ class Daemon:
             self.handles = Handles(self.store, transport, self.table, self.passthrough, direct)
             once = Once(self.table, transport, self.store.namespace)
             self.operations = Operations(self.store, self.handles, self.virtual, once)
-            lost_memory.attach(self.store, self.operations.answered)
+            self.watcher.begin(self.operations.answered)
             nursery.start_soon(self.operations.inform_transport)
             if self.took_over:
                 self.operations.answered.inherit()
@@ -260,7 +261,7 @@ class Daemon:
         """No handle and no lookup outlives the mount; inodes that only they kept go."""
         self.operations.answered.catch_up()
         self.operations.answered.withdraw(connected=False)
-        self.store.files.sources.closing = lambda source: None
+        self.watcher.end()
         with contextlib.suppress(OSError):
             self.operations.answered.grants.end_all()
         for opened in list(self.handles.all_handles()):

@@ -16,9 +16,9 @@ from cascadefs.tiers import owner
 
 
 @asynccontextmanager
-async def opened(settings):
+async def opened(settings, watcher=None):
     """An open store with its tasks running; afterwards closed as a killed process leaves it: nothing is flushed."""
-    store = Store(settings)
+    store = Store(settings, watcher=watcher)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)

@@ -101,3 +101,35 @@ def test_every_module_has_a_layer():
 def test_architecture_tells_the_same_order():
     told = (ROOT / "ARCHITECTURE.md").read_text().partition("`ext -> ")[2].partition("`")[0]
     assert [level.split(", ") for level in " ".join(told.split()).split(" -> ")] == ORDER[1:]
+
+
+def test_no_object_is_given_a_callable_of_another_one_from_outside():
+    """What hears of something is given when the object is made, or joins by a method: `a.b = self.c` hides who calls whom."""
+    hung = []
+    for name, file in sources():
+        tree = ast.parse(file.read_text())
+        methods = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and any(is_of_another(target) for target in node.targets):
+                hung += [f"{name}:{node.lineno}" for value in parts(node.value) if is_callable(value, methods)]
+    assert not hung, hung
+
+
+def parts(node):
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def is_of_another(target):
+    """An attribute, but not of `self` itself."""
+    return any(isinstance(one, ast.Attribute) and not isinstance(one.value, ast.Name) for one in parts(target)) or any(
+        isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name) and one.value.id != "self" for one in parts(target)
+    )
+
+
+def is_callable(value, methods):
+    return isinstance(value, ast.Lambda) or (
+        isinstance(value, ast.Attribute)
+        and isinstance(value.value, ast.Name)
+        and value.value.id == "self"
+        and value.attr in methods
+    )

@@ -12,6 +12,7 @@ from recount import recount
 from stores import memory_of, opened, wipe_memory
 
 import cascadefs.writeback.single_pass
+from cascadefs.contents.watcher import Nobody
 from cascadefs.ext import hashing
 from cascadefs.metadata.namespace import ROOT
 from cascadefs.tiers.packer import Capture
@@ -384,18 +385,18 @@ async def test_a_writer_that_the_kernel_serves_is_no_quiet_time(slow_seal):
 async def test_a_double_outlives_what_it_equalled(slow_seal, straight):
     """Before a file lets go of its bytes for those of an object, the mount tells which files were closed: the last one of that
     object may be among them, and without a name."""
-    data = os.urandom(70_000)
-    async with opened(slow_seal) as store:
+    data, inos = os.urandom(70_000), []
+
+    class Mounted(Nobody):
+        def recall(self, *recalled):
+            if inos and inos[1] in recalled and store.namespace.lookup(ROOT, b"a"):
+                unlink(store, "a")
+
+    async with opened(slow_seal, Mounted()) as store:
         await store.put("a", data)
         await store.flush()
         await store.put("b", data)
-        inos = [store.find("a").ino, store.find("b").ino]
-
-        def hear(*recalled):
-            if inos[1] in recalled and store.namespace.lookup(ROOT, b"a"):
-                unlink(store, "a")
-
-        store.files.recall = hear
+        inos += [store.find("a").ino, store.find("b").ino]
         if not straight:
             assert not await store.sealer.seal(inos[1])
         await store.flush()

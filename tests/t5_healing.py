@@ -25,7 +25,7 @@ def damage(settings, at, byte, bits=(0, 9)):
 async def healed(store):
     with trio.fail_after(20):
         while not store.residency.healer.healed:
-            store.files.wake()
+            store.files.work.ring()
             await trio.sleep(0.02)
 
 

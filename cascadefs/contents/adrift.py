@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from cascadefs.errors import GONE
 from cascadefs.media import file_io
@@ -23,17 +24,30 @@ from cascadefs.types import Home, Inode
 log = logging.getLogger(__name__)
 
 
+class FileHeir(Protocol):
+    """Keeps files without a name open beside the process that has the store open, and after it."""
+
+    def went(self, ino: int, fd: int) -> None:
+        """An inode is adrift, and this is a descriptor of its file."""
+
+    def came_back(self, ino: int) -> None:
+        """It has a name again, or is gone."""
+
+
 class Adrift:
     """Of one store."""
 
     def __init__(self, residency: Residency, namespace: Namespace, saved: Callable[[int], None]) -> None:
         self._residency, self._namespace, self._saved = residency, namespace, saved
         self._sources = residency.sources
-        self._sources.leaving = self._leaves
+        self._sources.listen(self)
         self._inos: set[int] = set()
         self._kept: dict[int, int] = {}  # of an earlier worker's, until there is a source
-        self.went: Callable[[int, int], None] = nobody_keeps  # an inode is adrift, and a descriptor of its file
-        self.came_back: Callable[[int], None] = nobody_waits
+        self._heirs = list[FileHeir]()
+
+    def bequeath(self, heir: FileHeir) -> None:
+        """From now on it keeps them, too."""
+        self._heirs.append(heir)
 
     def __contains__(self, ino: int) -> bool:
         return ino in self._inos
@@ -48,7 +62,8 @@ class Adrift:
     def _add(self, ino: int, fd: int) -> None:
         if ino not in self._inos:
             self._inos.add(ino)
-            self.went(ino, fd)
+            for heir in self._heirs:
+                heir.went(ino, fd)
 
     def keep(self, ino: int, fd: int) -> None:
         """It was adrift when an earlier worker died; `fd` is ours from now on."""
@@ -84,15 +99,16 @@ class Adrift:
         path = self.path(ino)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path is not None else None
 
-    def _leaves(self, source: Source) -> None:
-        """The last user of a source has let go of it."""
+    def source_leaves(self, source: Source) -> None:
+        """See Leaver: the last user has let go of it."""
         if source.digest is None and not self._has_name(Home.MEMORY, source):
             inode = self._namespace.find(source.ino)
             if inode is not None and inode.home and inode.nlink and not self._has_name(inode.home, source):
                 self._save(inode, source.fd)
         if source.ino in self._inos:
             self._inos.discard(source.ino)
-            self.came_back(source.ino)
+            for heir in self._heirs:
+                heir.came_back(source.ino)
 
     def _save(self, inode: Inode, fd: int) -> None:
         for home in dict.fromkeys((Home(inode.home), Home.COLD)):
@@ -112,14 +128,6 @@ class Adrift:
             self._saved(inode.ino)
             return
         log.error("inode %d lost its file in memory, and there is no room to save its bytes", inode.ino)
-
-
-def nobody_keeps(ino: int, fd: int) -> None:
-    """Without a mount."""
-
-
-def nobody_waits(ino: int) -> None:
-    """Without a mount."""
 
 
 def copied(source: Source, path: str) -> bool:

@@ -23,9 +23,11 @@ from cascadefs.config import FILE_BYTES_MAX, Settings
 from cascadefs.contents.adrift import Adrift
 from cascadefs.contents.gaps import Gaps
 from cascadefs.contents.open_files import Handle, Live
-from cascadefs.contents.written import Blind, Kept, Tracker
+from cascadefs.contents.watcher import Watcher
+from cascadefs.contents.written import Kept
 from cascadefs.crash import point
 from cascadefs.errors import GONE, os_error
+from cascadefs.locks import Bell
 from cascadefs.media import file_io
 from cascadefs.media.descriptors import keep_reserve
 from cascadefs.metadata.bulk import Bulk, Waiting
@@ -46,8 +48,10 @@ TIME_LIMIT = (1 << 63) - 1  # nanoseconds that an SQLite integer holds
 class Files:
     """Contents of all inodes of one store. All methods run in the trio thread; bytes move in worker threads."""
 
-    def __init__(self, settings: Settings, database: Database, residency: Residency, first_ino: int = 0) -> None:
-        self.settings, self.database, self.residency = settings, database, residency
+    def __init__(
+        self, settings: Settings, database: Database, residency: Residency, watcher: Watcher, first_ino: int = 0
+    ) -> None:
+        self.settings, self.database, self.residency, self.watcher = settings, database, residency, watcher
         self.namespace, self.index = Namespace(database, os.getuid(), os.getgid(), first_ino), residency.index
         self.bulk = Bulk(database, residency.index)
         self.sources: Sources = residency.sources
@@ -58,20 +62,13 @@ class Files:
         self.live: dict[int, Live] = {}
         self.lookups = Counter[int]()  # ino -> how often the kernel was told of it and has not forgotten
         self.to_seal: dict[int, float] = {}  # ino -> time.monotonic() from which it may be sealed
-        self.pads: Callable[[], bool] = nobody_pads  # whether staged files may have blocks that were allocated ahead of writers
-        self.tracker: Tracker = Blind()
-        self.is_updated: Callable[[int, Source | None], bool] = nobody_updates  # whether we are to see the writes of an opener
+        self.work = Bell()  # rung when there is something to seal or to flush
         self.unchanged: set[int] = set()  # staged inodes that single_pass.py reads: whoever may change one takes it out
         self.last_use = 0.0  # time.monotonic() of the last open or close; see quiet_s()
         self._memory_used = 0
         self.dead: list[Location] = []  # records to punch once the index is synced
         self.leftover: set[int] = set()  # inodes without name and user that are not deleted yet
         database.undo.append(self._keep_dead)
-        self.wake: Callable[[], None] = lambda: None  # tells the mover that there is work
-        self.sealed: Callable[[int], None] = nobody_waits  # an inode shows an object in memory now
-        self.left_stream: Callable[[int], None] = nobody_waits  # an inode that handles stream got a staged file
-        self.deleting: Callable[[int], None] = nobody_waits  # an inode is about to be deleted
-        self.recall: Callable[..., None] = nobody_waits  # nobody opens these inodes unseen any more, and who did is known
 
     def of(self, ino: int) -> Live:
         """The running state of an inode, made when missing."""
@@ -94,7 +91,7 @@ class Files:
             os.truncate(adrift, size_bytes)
         else:
             file_io.truncate(self.staged_path(inode), size_bytes, by_handle)
-        self.tracker.lose(inode.ino)
+        self.watcher.lose_written(inode.ino)
 
     def _cut_padding(self, inode: Inode) -> None:
         path = self.staged_path(inode)
@@ -127,11 +124,11 @@ class Files:
             elif truncate:
                 self._truncate_staged(inode, 0)
             source = await self._new_source_for(inode)
-            by_us = writable and not truncate and not live.handles and self.is_updated(ino, source)
+            by_us = writable and not truncate and not live.handles and self.watcher.is_updated(ino, source)
             handle = live.enter(source, writable, True if by_us else None)
             if writable:
                 self._look_for_gaps(ino)
-            if writable and is_durable and not truncate and inode.durable_oid and self.tracker.begin(ino):
+            if writable and is_durable and not truncate and inode.durable_oid and self.watcher.sees_writes(ino):
                 live.kept = Kept(inode.durable_oid, inode.size, inode.mtime_ns, is_seen=True)
             return handle
         finally:
@@ -193,7 +190,7 @@ class Files:
             self.owners.left(handle.ino)
         if handle.writable and not live.writers:
             self.gaps.forget(handle.ino)
-            self.tracker.end(handle.ino)
+            self.watcher.end_written(handle.ino)
             live.kept = None
             self.seal_soon(handle.ino)
         self.forget_if_gone(handle.ino)
@@ -201,7 +198,7 @@ class Files:
     def seal_soon(self, ino: int) -> None:
         """Nobody writes to it any more, as far as we know."""
         self.to_seal[ino] = time.monotonic() + self.settings.seal_delay
-        self.wake()
+        self.work.ring()
 
     def forget_if_gone(self, ino: int) -> None:
         """Drop the running state; drop the inode, too, when it has no name any more."""
@@ -262,7 +259,7 @@ class Files:
         """Inodes without name and user go, and what only they referred to: all of them in one commit, or none."""
         point("unlinked")
         for inode in inodes:
-            self.deleting(inode.ino)
+            self.watcher.deleting(inode.ino)
         oids = {oid for inode in inodes for oid in (inode.oid, inode.durable_oid) if oid}
         digests = {oid: self.index.object(oid).digest for oid in oids}
         with self.database.transaction():
@@ -368,7 +365,7 @@ class Files:
             file_io.truncate(path, cut_at)
         self.adrift.look(inode.ino)  # a source of a copy whose name is gone goes on as the inode's file
         if live.directs:
-            self.left_stream(inode.ino)
+            self.watcher.left_stream(inode.ino)
 
     def _create_staged(self, ino: int, home: Home) -> tuple[int, Home]:
         """An empty staged file in that home, on the disk when memory refuses it: (read-only descriptor, where it is)."""
@@ -421,7 +418,7 @@ class Files:
                 self.unchanged.discard(ino)
                 inode = self.attributes(ino)
                 if inode.home:
-                    if self.pads() and size_bytes > inode.size:  # what was allocated ahead would be in the way of gaps
+                    if self.watcher.pads() and size_bytes > inode.size:  # what was allocated ahead would be in the way of gaps
                         self._cut_padding(inode)
                     self._truncate_staged(inode, size_bytes, by_handle)
                 elif inode.size == size_bytes and not by_handle:
@@ -466,7 +463,7 @@ class Files:
             found = os.stat(self.adrift.path(inode.ino) or "")
         changed = changed_ns(inode, found.st_mtime_ns)
         size, blocks, modified = found.st_size, found.st_blocks, found.st_mtime_ns
-        if self.pads():
+        if self.watcher.pads():
             blocks = min(blocks, -(-size // 4096) * 8)
         return replace(inode, size=size, blocks=blocks, mtime_ns=modified, ctime_ns=changed)
 
@@ -480,20 +477,6 @@ class Files:
             adrift = self.adrift.path(ino)
             os.utime(adrift or self.staged_path(inode), ns=(atime, mtime), follow_symlinks=adrift is not None)
         self.namespace.update(ino, atime_ns=atime, mtime_ns=mtime, ctime_ns=time.time_ns())
-
-
-def nobody_pads() -> bool:
-    """Without a mount."""
-    return False
-
-
-def nobody_updates(ino: int, source: Source | None) -> bool:
-    """Without a mount."""
-    return False
-
-
-def nobody_waits(*inos: int) -> None:
-    """Without a mount."""
 
 
 def changed_ns(inode: Inode | Waiting, mtime_ns: int) -> int:

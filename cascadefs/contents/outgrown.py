@@ -45,7 +45,7 @@ class Outgrown:
         residency.memory.drop_staged(ino)
         files.gaps.forget(ino)
         if files.of(ino).directs:
-            files.left_stream(ino)
+            files.watcher.left_stream(ino)
         return True
 
 

@@ -30,14 +30,6 @@ TRIES, PAUSE_S = 4, 0.02  # of one request: who takes the tier away may not be d
 R = TypeVar("R")
 
 
-def nobody_knows() -> None:
-    """Without a mount."""
-
-
-def nobody_cached(ino: int, names: list[tuple[int, bytes]]) -> None:
-    """Without a mount."""
-
-
 class Loss:
     """Watches the memory tier of one store."""
 
@@ -48,8 +40,6 @@ class Loss:
         self.suspected = False  # a file of the tier was not there
         self.times = 0
         self._folders = {self._memory.folder}  # where it has been
-        self.before: Callable[[], None] = nobody_knows  # whoever keeps files of the tier for later lets go of them
-        self.fell_back: Callable[[int, list[tuple[int, bytes]]], None] = nobody_cached  # an inode, and the names that it lost
 
     def look(self, count: bool = False) -> None:
         """Cheap; to be called often. `count`: single files, too, in any case."""
@@ -109,15 +99,15 @@ class Loss:
 
     def mend(self) -> None:
         """Folders of the tier are gone."""
-        self.before()
+        self._files.watcher.memory_lost()
         self._memory.renew()
         self._folders.add(self._memory.folder)
         self._ring.renew(self._memory.folder)
         self._settle()
 
     def _settle(self) -> None:
-        self.before()
-        self._residency.before_eviction()
+        self._files.watcher.memory_lost()
+        self._residency.sources.holder.memory_is_short()
         here = self._memory.names()
         result, missing = Recovered(), [digest for digest in self._memory.objects if digest not in here]
         with self._files.database.transaction():
@@ -142,7 +132,7 @@ class Loss:
         if live is not None and live.is_locked:
             self.suspected = True
             return False
-        self._files.recall(ino)  # if only a grant has it open, it is saved now
+        self._files.watcher.recall(ino)  # if only a grant has it open, it is saved now
         inode = self._files.namespace.get(ino)
         return inode.home == Home.MEMORY and not self._memory.has_staged(ino) and not self._files.adrift.look(ino)
 
@@ -158,7 +148,7 @@ class Loss:
             if ino not in self._files.index.logs:  # else it is staged again
                 self._files.to_seal.pop(ino, None)
             self._files.forget_if_gone(ino)
-            self.fell_back(ino, [] if self._files.namespace.names_of(ino) else names)
+            self._files.watcher.fell_back(ino, [] if self._files.namespace.names_of(ino) else names)
 
     def _tell(self, result: Recovered) -> None:
         self.times += 1

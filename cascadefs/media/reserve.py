@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cascadefs.config import KIB, MIB
 from cascadefs.media import file_io
@@ -23,17 +23,29 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 
+class Borrower(Protocol):
+    """Has space of the disk that it can do without."""
+
+    def reuse_space(self) -> None:
+        """A part of the reserve was given up: use what is there again before it takes more."""
+
+    def shrink(self) -> bool:
+        """There is no reserve left. Whether some space was given back."""
+
+
 class Reserve:
-    """The reserve of one store. `reuse` is called when a part of it is given up: whoever can do with less space does. `shrink`,
-    when there is none left, tells whether it has given back any."""
+    """The reserve of one store."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / "reserve"
         space = os.statvfs(folder)
         self.wanted_bytes = min(RESERVE_BYTES, space.f_blocks * space.f_frsize // SHARE)
         self.bytes = os.lstat(self._path).st_size if self._path.exists() else 0
-        self.reuse: Callable[[], None] = lambda: None
-        self.shrink: Callable[[], bool] = lambda: False
+        self._borrowers = list[Borrower]()
+
+    def listen(self, borrower: Borrower) -> None:
+        """Ask one more."""
+        self._borrowers.append(borrower)
 
     @property
     def held(self) -> bool:
@@ -87,10 +99,11 @@ class Reserve:
         """Ways to more room, one after the other."""
         piece_bytes = PIECE_BYTES
         while self.spend(piece_bytes):
-            self.reuse()
+            for borrower in self._borrowers:
+                borrower.reuse_space()
             yield True
             piece_bytes *= 2
-        if self.shrink():
+        if any([borrower.shrink() for borrower in self._borrowers]):
             yield True
 
     def lend(self, work: Callable[[], R]) -> R:

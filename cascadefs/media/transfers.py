@@ -103,7 +103,7 @@ def _write(fd: int, data: mmap.mmap, size_bytes: int, position: int) -> None:
         file_io.write_with_holes(fd, part, position)
 
 
-def in_lanes(items: Sequence[T], work: Callable[[T], R], all_begun: Callable[[], None]) -> list[R]:
+def in_lanes(items: Sequence[T], work: Callable[[T], R], all_begun: Callable[[], None] | None) -> list[R]:
     """`work` of each item, LANES of them at once, begun in order; the results in order. The thread of the caller is a lane, so
     that one item needs no other. After an error nothing is begun any more; that of the earliest item is raised. Each lane that
     finds nothing left to begin calls `all_begun`."""
@@ -115,7 +115,8 @@ def in_lanes(items: Sequence[T], work: Callable[[T], R], all_begun: Callable[[],
             with lock:
                 taken = next(left, None)
             if taken is None:
-                all_begun()
+                if all_begun is not None:
+                    all_begun()
                 return
             try:
                 results[taken[0]] = work(taken[1])

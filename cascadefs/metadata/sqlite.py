@@ -267,7 +267,7 @@ class Database:
         except BaseException:
             os.close(self._claim_fd)
             raise
-        self.reserve.reuse, self.reserve.shrink = self._reuse_wal, self._shrink_wal
+        self.reserve.listen(self)
         self.changed: set[int] = set()  # inodes that differ from what the last manifest says of them
         self.unlisted: set[int] = set()  # objects that no manifest lists yet
         self._copied_salts, self._next_checkpoint = b"", 0.0
@@ -453,13 +453,13 @@ class Database:
         if not busy and frames == copied:
             self._copied_salts = wal.data[16:24]
 
-    def _reuse_wal(self) -> None:
+    def reuse_space(self) -> None:
         """On a full disk: the next transactions are written over what the WAL has, which takes no space."""
         if not self.connection.in_transaction and not self._suspect:
             with contextlib.suppress(OSError):
                 self.checkpoint()
 
-    def _shrink_wal(self) -> bool:
+    def shrink(self) -> bool:
         """When not even a reserve is left: the WAL goes into index.db, which mostly has these pages. The sums, which need
         space of their own, go first and come back with the next checkpoint. Whether there is more space."""
         is_small = os.fstat(self.wal_fd).st_size < SHRINK_BYTES

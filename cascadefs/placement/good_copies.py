@@ -31,12 +31,14 @@ Source = tuple[int, int, str]  # descriptor, offset, where it is
 class Healer:
     """Counts since the store was opened: `corrupt_reads`, `healed`; `damaged` holds blocks without a good copy."""
 
-    def __init__(self, index: Index, tiers: Sequence[FileTier], cold: ColdTier) -> None:
-        self._index, self._tiers, self._cold = index, tiers, cold
+    def __init__(
+        self, index: Index, tiers: Sequence[FileTier], cold: ColdTier, paths_of: Callable[[int], list[str]]
+    ) -> None:
+        """`paths_of`: the files that have a block, for the log."""
+        self._index, self._tiers, self._cold, self.paths_of = index, tiers, cold, paths_of
         self.corrupt_reads = self.healed = 0
         self.damaged: dict[int, Location] = {}
         self._healable: set[int] = set()
-        self.paths_of: Callable[[int], list[str]] = lambda bid: []  # set by whoever knows names
 
     def read(self, block: Block) -> tuple[mmap.mmap, memoryview]:
         """As ColdTier.read(); a damaged record is replaced by a good copy, if there is one. In a worker thread."""

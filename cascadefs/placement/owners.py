@@ -35,10 +35,6 @@ INLINE_BYTES = 128 << 10  # copied in 30 us, in which no thread would begin
 LOOKED_AT = 64  # private names each time
 
 
-def nobody_holds(ino: int) -> None:
-    """Without a mount."""
-
-
 class Owned(NamedTuple):
     """The copy of an object in a tier is this inode's."""
 
@@ -56,8 +52,7 @@ class Owners:
         self._named: dict[bytes, None] = {}  # objects whose owner has a private name for its copy
         self._inherited = False  # whether a kernel has files open or mapped that an earlier worker gave it
         self._numbers = itertools.count()
-        self.let_go: Callable[[int], None] = nobody_holds  # whoever keeps an inode's file open for later lets go of it
-        residency.leaving = self._leaves
+        residency.listen(self)
 
     def recover(self, inherited: bool) -> None:
         """On opening. `inherited`: a kernel uses what an earlier worker gave it; else no private file is of use."""
@@ -110,7 +105,7 @@ class Owners:
         if source is not None and source.users > 1:
             return False  # it has a handle, whoever else keeps it open
         if owner is not None and is_asked:
-            self.let_go(owner)
+            self._sources.holder.let_go(owner)
         tier = self._residency.holder(found.digest)
         return tier is not None and self._is_free(found, tier)
 
@@ -289,8 +284,8 @@ class Owners:
                 del self._named[digest]
                 owned.tier.drop_private(ino)
 
-    def _leaves(self, tier: FileTier, digest: bytes) -> None:
-        """A copy is dropped: its second name would keep its memory."""
+    def copy_dropped(self, tier: FileTier, digest: bytes) -> None:
+        """See CopyListener. Its second name would keep its memory."""
         if (owned := self._owned.get(digest)) is not None and owned.tier is tier:
             self._disown(owned.ino, digest)
 

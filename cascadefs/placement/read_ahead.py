@@ -15,6 +15,7 @@ import trio
 
 from cascadefs.placement import decisions
 from cascadefs.placement.residency import Residency
+from cascadefs.tiers.folder import FileTier
 from cascadefs.types import Object
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class ReadAhead:
         self._unmet: dict[bytes, int] = {}  # what is on its way and nobody waits for yet; digest -> bytes
         self.unused: dict[bytes, int] = {}
         self.fetched = self.used = self.wasted = 0
-        residency.dropped = self._dropped
+        residency.listen(self)
 
     def asked(self, found: Object) -> None:
         """An object is being opened that was not in memory, or only because of us."""
@@ -56,7 +57,10 @@ class ReadAhead:
         self.used += was_unused
         return was_unused
 
-    def _dropped(self, digest: bytes) -> None:
+    def copy_dropped(self, tier: FileTier, digest: bytes) -> None:
+        """See CopyListener. What lies in memory is the only copy that is read ahead."""
+        if tier is not self._residency.memory:
+            return
         self.wasted += self.unused.pop(digest, None) is not None
 
     async def run(self) -> None:

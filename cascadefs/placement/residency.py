@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice
 from threading import Semaphore
+from typing import Protocol
 
 import trio
 
@@ -55,36 +56,41 @@ class Promotion:
     ended: trio.Event = field(default_factory=trio.Event)
 
 
-def nobody_holds() -> None:
-    """Without a mount."""
+class CopyListener(Protocol):
+    """Hears of copies that go."""
 
-
-def nobody_counts(digest: bytes) -> None:
-    """Without read_ahead.py."""
-
-
-def nobody_owns(tier: FileTier, digest: bytes) -> None:
-    """Without owners.py."""
+    def copy_dropped(self, tier: FileTier, digest: bytes) -> None:
+        """A tier has no copy of that object any more."""
 
 
 class Residency:
     """Copies of objects in memory and in parking. Methods run in the trio thread; bytes move in worker threads."""
 
     def __init__(
-        self, index: Index, memory: ShmTier, parking: Parking, cold: ColdTier, policy: EvictionPolicy, sources: Sources
+        self,
+        index: Index,
+        memory: ShmTier,
+        parking: Parking,
+        cold: ColdTier,
+        policy: EvictionPolicy,
+        sources: Sources,
+        paths_of: Callable[[int], list[str]],
     ) -> None:
+        """`paths_of`: the files that have a block, for the log."""
         self.index, self.memory, self.parking, self.cold = index, memory, parking, cold
         self.policy, self.sources = policy, sources
-        self.healer = Healer(index, (memory, parking), cold)
+        self.healer = Healer(index, (memory, parking), cold, paths_of)
         self.clean: dict[bytes, int] = {}
         self.clean_bytes = self.hits = self.misses = self.cold_reads = self.evicted = 0
-        self.before_eviction: Callable[[], None] = nobody_holds  # whoever keeps copies open for later lets go of them
-        self.dropped: Callable[[bytes], None] = nobody_counts  # a copy in memory has gone
-        self.leaving: Callable[[FileTier, bytes], None] = nobody_owns  # a copy has gone from a tier
+        self._listeners = list[CopyListener]()
         self.under_way: dict[bytes, Promotion] = {}
         self._promotions = 0
         self._opened_before: set[bytes] = set()
         self._mapped: set[bytes] = set()  # copies in memory that could not be evicted: no handle, but somebody uses them
+
+    def listen(self, listener: CopyListener) -> None:
+        """Tell one more."""
+        self._listeners.append(listener)
 
     def tier_of(self, home: int) -> FileTier:
         """Where staged bytes of that home lie."""
@@ -118,7 +124,7 @@ class Residency:
         """Evict clean copies as the policy and the scheduler say."""
         if self.memory.used_bytes() + wanted_bytes <= self.memory.capacity_bytes * decisions.HIGH:
             return
-        self.before_eviction()
+        self.sources.holder.memory_is_short()
         while not self._evict(decisions.plan_eviction(self.memory_state(), self.policy.victims(), wanted_bytes)):
             pass  # some are mapped, which the next plan knows
 
@@ -164,12 +170,12 @@ class Residency:
     def drop(self, tier: FileTier, digest: bytes) -> None:
         """Remove one copy."""
         tier.drop(digest)
-        self.leaving(tier, digest)
+        for listener in self._listeners:
+            listener.copy_dropped(tier, digest)
         if tier is self.memory:
             self._mapped.discard(digest)
             self.clean_bytes -= self.clean.pop(digest, 0)
             self.policy.forgotten(digest)
-            self.dropped(digest)
 
     def adopt(self, tier: FileTier, ino: int, digest: bytes, durable: bool) -> None:
         """The staged file of `ino` becomes a copy of the object. Nothing is copied."""
@@ -211,7 +217,7 @@ class Residency:
     # --- cold -> memory
 
     def materialize(
-        self, blocks: Sequence[Block], path: str, heal: bool = True, all_begun: Callable[[], None] = nobody_holds
+        self, blocks: Sequence[Block], path: str, heal: bool = True, all_begun: Callable[[], None] | None = None
     ) -> None:
         """Write the verified bytes of blocks into a new file at `path`; zeros stay holes. In a thread. EIO when damaged: when
         there is no good copy, or at once where `heal` says not to look for one. `all_begun` is told when no block is left to
@@ -224,7 +230,7 @@ class Residency:
         finally:
             os.close(fd)
 
-    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool, all_begun: Callable[[], None]) -> None:
+    def _copy_blocks(self, blocks: Sequence[Block], fd: int, heal: bool, all_begun: Callable[[], None] | None) -> None:
         """Each block to its place, some at once; damaged ones, for which other threads may be asked, afterwards."""
         places = list(zip(accumulate((block.length for block in blocks), initial=0), blocks, strict=False))
         done = in_lanes(places, partial(self._copy_sound, fd, set[bytes](), Semaphore(AT_DISK)), all_begun)

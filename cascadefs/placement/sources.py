@@ -1,7 +1,8 @@
 """Backing files that are open: one for each inode, whoever uses it.
 
 Owns: their descriptors and counts. Knows no index and no tier. Never awaits. Invariants:
-(1) A source is closed exactly when its last user let go; `closing` runs just before (the mount drops its backing id there).
+(1) A source is closed exactly when its last user let go; the holder hears of it just before (the mount drops its
+    backing id there).
 (2) While an inode has a source, every open of it uses that source: kernel passthrough allows no other.
 (3) A source serves one inode. Its `digest` is that of the object whose copy it is; None while the file is the inode's alone:
     staged, or private (owners.py).
@@ -10,6 +11,7 @@ Owns: their descriptors and counts. Knows no index and no tier. Never awaits. In
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(eq=False, slots=True)
@@ -23,14 +25,51 @@ class Source:
     backing_id: int = 0
 
 
+class Holder(Protocol):
+    """Who has sources open for a kernel, also for later: while no program has the file open. Does not await."""
+
+    def source_closes(self, source: Source) -> None:
+        """Just before its descriptor is closed."""
+
+    def let_go(self, ino: int) -> None:
+        """End what is held open of an inode for later, if that can be now: its file may be for another one."""
+
+    def memory_is_short(self) -> None:
+        """What is held for later is in the way of eviction."""
+
+
+class NoHolder:
+    """Without a mount."""
+
+    def source_closes(self, source: Source) -> None:
+        pass
+
+    def let_go(self, ino: int) -> None:
+        pass
+
+    def memory_is_short(self) -> None:
+        pass
+
+
+class Leaver(Protocol):
+    """Hears of sources that have no user any more."""
+
+    def source_leaves(self, source: Source) -> None:
+        """Its inode still has it."""
+
+
 class Sources:
     """All open backing files, by inode."""
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
         self._of: dict[int, Source] = {}
         self._of_object: dict[bytes, Source] = {}
-        self.closing: Callable[[Source], None] = lambda source: None
-        self.leaving: Callable[[Source], None] = lambda source: None  # before that; the inode still has it
+        self._leavers = list[Leaver]()
+
+    def listen(self, leaver: Leaver) -> None:
+        """Tell one more."""
+        self._leavers.append(leaver)
 
     def __len__(self) -> int:
         return len(self._of)
@@ -65,10 +104,11 @@ class Sources:
         source.users -= 1
         if source.users:
             return
-        self.leaving(source)
+        for leaver in self._leavers:
+            leaver.source_leaves(source)
         self.turn(source, None)
         del self._of[source.ino]
-        self.closing(source)
+        self.holder.source_closes(source)
         os.close(source.fd)
 
     def turn(self, source: Source, digest: bytes | None) -> None:

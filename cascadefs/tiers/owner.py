@@ -16,10 +16,10 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cascadefs.errors import StoreError
 from cascadefs.media import file_io
@@ -171,6 +171,13 @@ def first_choice(shm_dir: Path, store_id: str) -> Path:
     return shm_dir / f"{PREFIX}{store_id[:NAME_DIGITS]}"
 
 
+class LockHeir(Protocol):
+    """Holds the lock beside whoever has the store open, and after it."""
+
+    def locked(self, lock_fd: int) -> None:
+        """The lock is this one now."""
+
+
 class Claim:
     """The tier of one store that is being opened or open: found, or begun. `notes`: what is worth a line."""
 
@@ -181,12 +188,17 @@ class Claim:
         self._place = (here.st_dev, here.st_ino)
         self.memory = read_memory(store)
         self.lock_fd = -1
-        self.locked: Callable[[int], None] = nobody_else  # who holds the lock beside us hears of another one
+        self._heirs = list[LockHeir]()
         self.is_copy = self.memory is not None and (self.memory.device, self.memory.inode) != self._place
         self._found = tier_of(store, shm_dir, store_id)
         self._token = secrets.token_hex(16)
         self.folder = self._found or self._begun()
         self._tell()
+
+    def bequeath(self, heir: LockHeir) -> None:
+        """From now on it holds the lock, too."""
+        self._heirs.append(heir)
+        heir.locked(self.lock_fd)
 
     @property
     def is_elsewhere(self) -> bool:
@@ -289,7 +301,8 @@ class Claim:
         if found is None:
             raise StoreError(f"the memory tier {folder} is about to be dropped by another process; mount again")
         self.lock_fd = found
-        self.locked(found)
+        for heir in self._heirs:
+            heir.locked(found)
 
     def leave(self, folder: Path, is_durable: bool, until: float) -> None:
         """The store is closed and its memory stays. A full tmpfs may refuse: then it says what it said."""
@@ -303,10 +316,6 @@ class Claim:
         if self.lock_fd >= 0:
             os.close(self.lock_fd)
             self.lock_fd = -1
-
-
-def nobody_else(lock_fd: int) -> None:
-    """Without a mount."""
 
 
 def is_empty(folder: Path) -> bool:

@@ -237,7 +237,7 @@ class Fsyncs:
         """Background work waits for a pause in the syncs, too, unless much is to be punched: it would hold the extent."""
         if sum(at.length for at in self._files.dead) < DEAD_BYTES:
             self._files.last_use = time.monotonic()
-        self._files.wake()
+        self._files.work.ring()
 
     async def _append(self, opened: Sequence[_Open], number: int, position: int, document: _Document) -> int:
         files, subjects = self._files, [one.subject for one in opened]

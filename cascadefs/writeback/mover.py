@@ -48,7 +48,8 @@ ROUNDS_AT_ONCE = 4  # while somebody waits for everything: between two rounds (s
 class Mover:
     """Background work of one store. `run()` in a nursery; the other methods may be awaited by anybody."""
 
-    def __init__(self, files: Files, sealer: Sealer) -> None:
+    def __init__(self, files: Files, sealer: Sealer, look_at_memory: Callable[[], None]) -> None:
+        """`look_at_memory`: called often; notices when somebody empties the memory tier."""
         self.files, self.sealer = files, sealer
         self.index, self.residency, self.cold = files.index, files.residency, files.residency.cold
         self.health, self.bulk = files.database.health, files.bulk
@@ -65,12 +66,7 @@ class Mover:
         self._sync_lock = trio.Lock()
         self._synced = -1  # rows that had changed in this process when the index was synced the last time
         self._untold = False  # whether something went straight to the extent and no manifest has been written since
-        self._event = trio.Event()
-        files.wake = self._wake
-        self.look_at_memory: Callable[[], None] = lambda: None  # loss.py
-
-    def _wake(self) -> None:
-        self._event.set()
+        self._look_at_memory = look_at_memory
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -97,8 +93,7 @@ class Mover:
                 await trio.sleep(decisions.QUIET_S / 3)
             else:
                 with trio.move_on_after(1):
-                    await self._event.wait()
-                self._event = trio.Event()
+                    await self.files.work.wait()
 
     def _remember(self, e: Exception) -> None:
         """An error of a medium is one line when it begins; anything else is a fault of ours and logged in full."""
@@ -147,14 +142,14 @@ class Mover:
         rests = False
         while True:
             try:
-                self.look_at_memory()
+                self._look_at_memory()
                 rests = self.files.quiet_s(time.monotonic()) > RESTS_AFTER_S
                 self.residency.make_room()
                 self.files.gaps.look_again()
                 self.residency.tidy_later()
                 self.files.owners.tidy()
                 if self.residency.under_pressure():
-                    self._wake()  # what would wait to be asked for is sealed now
+                    self.files.work.ring()  # what would wait to be asked for is sealed now
                 self.files.database.tend()
             except Exception:
                 log.exception("eviction or a checkpoint failed")

@@ -3,9 +3,9 @@
 Owns: which syncs may go that way, and the logs that are written to. The first syncs of an open file keep all of it (fsync.py):
 its base. Later ones add a patch to a log in STORE/patches, in one write and one fdatasync, and change no row; recovery.py puts
 both together when memory is lost. Invariants:
-(1) What was written before a call to fsync() is durable when it returns: what is taken from the tracker is taken after the call
-    and read after that; without a tracker all pages are compared with their fingerprints, which are those of bytes that are
-    durable, never of bytes that were only looked at.
+(1) What was written before a call to fsync() is durable when it returns: what is taken from the watcher is taken after the call
+    and read after that; where writes are not seen, all pages are compared with their fingerprints, which are those of bytes
+    that are durable, never of bytes that were only looked at.
 (2) A base is believed as long as the row names it with the same log. Whatever goes wrong with a patch: the whole way is gone.
 (3) Syncs of one inode take turns.
 (4) A log is not longer than its file, or LOG_BYTES: then the file gets a new base.
@@ -84,7 +84,7 @@ class Patches:
             if await self._patch(ino, live, kept):
                 return True
             kept.base, kept.log, kept.prints = None, None, None
-            kept.is_seen = self._files.tracker.begin(ino)
+            kept.is_seen = self._files.watcher.sees_writes(ino)
             kept.wants_prints = not kept.is_seen and live.syncs >= AGAIN
             await whole(ino)
             inode = self._files.namespace.find(ino)
@@ -127,7 +127,7 @@ class Patches:
         except OSError as e:
             log.warning("inode %d: what changed could not be kept as a patch: %s", ino, e)
         except BaseException:
-            kept.base = None  # what was taken from the tracker is in no patch
+            kept.base = None  # what was taken from the watcher is in no patch
             raise
         finally:
             os.close(fd)
@@ -144,7 +144,7 @@ class Patches:
         """None: nobody knows what was written. The end is that of what is taken: bytes that come later are not in the patch."""
         size, ranges = os.fstat(fd).st_size, None
         if kept.is_seen:
-            taken = self._files.tracker.take(inode.ino)
+            taken = self._files.watcher.take_written(inode.ino)
             if taken is None:
                 return None
             ranges = merged(taken)

@@ -189,7 +189,7 @@ class Sealer:
         """Their files become nothing that a reader could hold."""
         empty = [one for one in batch if one.fd >= 0 and not one.is_busy and not one.size_bytes]
         try:
-            self.files.recall(*(one.ino for one in empty))
+            self.files.watcher.recall(*(one.ino for one in empty))
             for one in empty:
                 one.is_busy = self.files.of(one.ino).source is not None
         except OSError as e:
@@ -285,8 +285,8 @@ class Sealer:
                 tier.drop_staged(live.ino)
             except OSError as e:
                 errors.append(e)
-            self.files.sealed(live.ino)
-        self.files.wake()
+            self.files.watcher.sealed(live.ino)
+        self.files.work.ring()
         if errors:
             raise errors[0]
 
@@ -304,7 +304,7 @@ class Sealer:
     def show_twin(self, one: Staged, content: Content, outcome: Outcome) -> None:
         """No await since `content` was found."""
         try:
-            self.files.recall(one.ino)
+            self.files.watcher.recall(one.ino)
         except OSError as e:
             outcome.failed(e)
             return

@@ -151,7 +151,7 @@ class Straight:
         for one in twins:
             try:
                 content = await self._sealer.content(one.fd, one.size_bytes, one.prints, one.domain)
-                self._files.recall(one.ino)  # now: it tells of closed files, too
+                self._files.watcher.recall(one.ino)  # now: it tells of closed files, too
             except OSError:
                 continue  # sealing will say why
             for still in self._unchanged((one,)):

@@ -32,9 +32,8 @@ class Answered:
     def __init__(self, store: Store, handles: Handles, once: Once) -> None:
         self.store, self.handles, self.once, self.transport = store, handles, once, handles.transport
         self.files = store.files
-        self.files.pads = self.transport.pads
         self.spares, self.grants = Spares(store, handles), Grants(store, handles, self.catch_up_or_fail)
-        handles.unmapped = self._unmapped
+        handles.listen(self)
         self.seen = Seen(store, handles, self.grants)
         self.inherited = False  # whether the kernel knows inodes from an earlier worker: their lookups were not counted here
 
@@ -139,7 +138,8 @@ class Answered:
         self._take_in(released, forgotten)
         self.files.adrift.settle_kept()
 
-    def _unmapped(self, ino: int) -> None:
+    def unmapped(self, ino: int) -> None:
+        """Its times move no more behind our back."""
         self.grants.renew(ino, self.store.namespace.find(ino))
 
     def _granted(self, ino: int, fh: int | None, request: int, backing_id: int) -> None:

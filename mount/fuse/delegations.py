@@ -45,9 +45,6 @@ class Grants:
         self._memory_is_short = False
         self._limit = share(LIMIT, 4)
         self.transport.number_grants((handles.table.generation << 32) + FIRST)
-        store.files.sealed, store.files.deleting, store.files.recall = self._sealed, self.end_deleted, self.end
-        store.files.owners.let_go = self.let_go
-        store.residency.before_eviction = self._want_memory
 
     @property
     def count(self) -> int:
@@ -72,7 +69,8 @@ class Grants:
         except OSError as e:
             log.debug("no grant for inode %d: %s", handle.ino, e)
 
-    def _sealed(self, ino: int) -> None:
+    def sealed(self, ino: int) -> None:
+        """An inode shows an object in memory now."""
         self.handles.mappings.ended(ino)
         self.want(ino)
 
@@ -214,7 +212,8 @@ class Grants:
         self._wanted.clear()
         self.end(*self._sources)
 
-    def _want_memory(self) -> None:
+    def memory_is_short(self) -> None:
+        """Grants of objects end, when there is time."""
         self._memory_is_short = True
         self.transport.ring()
 

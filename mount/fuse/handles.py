@@ -14,8 +14,9 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyfuse3
 
@@ -46,6 +47,13 @@ class Opened:
     outside: bool = False
 
 
+class MappingListener(Protocol):
+    """Hears of files that could be written through a mapping."""
+
+    def unmapped(self, ino: int) -> None:
+        """No mapping writes to it any more."""
+
+
 class Handles:
     """The table of one mount."""
 
@@ -56,11 +64,14 @@ class Handles:
         self._open: dict[int, Opened] = {}
         self._held: set[int] = set()
         self.mappings = Mappings()
-        self.unmapped: Callable[[int], None] = lambda ino: None  # no mapping writes to it any more
+        self._listeners = list[MappingListener]()
         self._by_request: dict[int, int] = {}  # of an earlier worker's handles: the kernel may not have been told of the last
         self._numbers = itertools.count((table.generation << 32) + 1)
         self.open_flags = 0 if store.settings.sync == "close" else FOPEN_NOFLUSH
-        store.files.sources.closing, store.files.left_stream = self._source_closes, self._follow
+
+    def listen(self, listener: MappingListener) -> None:
+        """Tell one more."""
+        self._listeners.append(listener)
 
     def number(self) -> int:
         """A number for a handle."""
@@ -182,7 +193,7 @@ class Handles:
         """Our writable descriptors of it."""
         return [one.fd for one in self._open.values() if one.handle.ino == ino and one.handle.writable and one.fd >= 0]
 
-    def _follow(self, ino: int) -> None:
+    def follow(self, ino: int) -> None:
         """Handles that were opened as streams of an object: the transport seeks in the file that their inode has now."""
         path = self.store.files.staged_path(self.store.namespace.get(ino))
         for fh, opened in self._open.items():
@@ -250,13 +261,15 @@ class Handles:
 
     def _look_for_mappings(self, handle: Handle) -> None:
         if handle.writable and self.store.files.of(handle.ino).writers == 1 and self.mappings.closed(handle):
-            self.unmapped(handle.ino)
+            for listener in self._listeners:
+                listener.unmapped(handle.ino)
 
     def all_handles(self) -> list[Handle]:
         """Handles that are open, for when the mount is gone and nobody will close them."""
         return [opened.handle for opened in self._open.values()]
 
-    def _source_closes(self, source: Source) -> None:
+    def source_closes(self, source: Source) -> None:
+        """The kernel needs its backing id no more."""
         if source.backing_id:
             self.transport.backing_close(source.backing_id)
             self.table.remove_backing(source.backing_id)

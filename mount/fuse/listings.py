@@ -125,7 +125,7 @@ class Listings:
             dots = self._dots(folder, position)
             at = Place(folder, max(position, listing.DOTS), last)
             part = self._part(at, room - len(dots))
-            listing.pads(self.files.pads())
+            listing.pads(self.files.watcher.pads())
             mapped = self._mapped.among(part.inodes) if part.staged else frozenset()
             entries = listing.renewed(part.entries, *self._staged, mapped) if part.staged else part.entries
             self._tell(request, part.inodes, dots + entries if dots else entries)

@@ -5,35 +5,33 @@ Owns: nothing that stays. Knows loss.py, which calls it, and the parts of a moun
 
 import contextlib
 import logging
+from collections.abc import Sequence
 
 import pyfuse3
 import trio
 
 from cascadefs.mount.fuse.catch_up import Answered
-from cascadefs.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def attach(store: Store, answered: Answered) -> None:
-    """From now on the mount hears of it."""
-
-    def let_go() -> None:
-        with contextlib.suppress(OSError):
-            answered.catch_up_or_fail()
-        answered.spares.withdraw()
-        with contextlib.suppress(OSError):
-            answered.grants.end_all()
-
-    def fell_back(ino: int, names: list[tuple[int, bytes]]) -> None:
-        answered.transport.drop_attributes(ino)
-        answered.transport.keep_listing()  # names go without the kernel's doing
-        trio.lowlevel.spawn_system_task(trio.to_thread.run_sync, _forget, ino, names)
-
-    store.loss.before, store.loss.fell_back = let_go, fell_back
+def let_go(answered: Answered) -> None:
+    """Of all that the mount has for later."""
+    with contextlib.suppress(OSError):
+        answered.catch_up_or_fail()
+    answered.spares.withdraw()
+    with contextlib.suppress(OSError):
+        answered.grants.end_all()
 
 
-def _forget(ino: int, names: list[tuple[int, bytes]]) -> None:
+def tell_kernel(answered: Answered, ino: int, names: Sequence[tuple[int, bytes]]) -> None:
+    """An inode has its durable version now, or none; it lost these names in these folders."""
+    answered.transport.drop_attributes(ino)
+    answered.transport.keep_listing()  # names go without the kernel's doing
+    trio.lowlevel.spawn_system_task(trio.to_thread.run_sync, _forget, ino, names)
+
+
+def _forget(ino: int, names: Sequence[tuple[int, bytes]]) -> None:
     """In a thread: the kernel may wait for pages that it has asked us for."""
     for parent, name in names:
         pyfuse3.invalidate_entry_async(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True)

@@ -1,14 +1,12 @@
 """Which writes to open files we see, and which files are served so that we see them.
 
-Owns: the tracker of a mount (cascadefs/written.py); the transport has the ranges. Invariant: begin() says yes only while nobody
+Owns: the rules; the transport has the ranges, and watcher.py hands them on. Invariant: begin() says yes only while nobody
 has, or can get, a way to write to the file that is not the transport's: no passthrough handle, hence no mapping past us.
 """
 
 import os
-from collections.abc import Sequence
 
 from cascadefs.config import MIB
-from cascadefs.contents.written import Range
 from cascadefs.media import file_io
 from cascadefs.mount.fuse.delegations import Grants
 from cascadefs.mount.fuse.handles import Handles
@@ -26,22 +24,13 @@ class Seen:
 
     def __init__(self, store: Store, handles: Handles, grants: Grants) -> None:
         self._files, self._handles, self._grants, self._transport = store.files, handles, grants, handles.transport
-        store.files.tracker, store.files.is_updated = self, self.is_updated
 
     def begin(self, ino: int) -> bool:
+        """Forget what was written so far. False: not every write to this file is seen."""
         live = self._files.live.get(ino)
         if live is None or (self._handles.passthrough and live.directs < live.handles):
             return False
         return self._transport.begin_written(ino)
-
-    def take(self, ino: int) -> Sequence[Range] | None:
-        return self._transport.take_written(ino)
-
-    def lose(self, ino: int) -> None:
-        self._transport.lose_written(ino)
-
-    def end(self, ino: int) -> None:
-        self._transport.end_written(ino)
 
     def is_updated(self, ino: int, source: Source | None) -> bool:
         """Whether the first writer of an inode, who opens it as it is, and all who come meanwhile, are served by us."""
