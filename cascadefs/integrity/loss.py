@@ -71,7 +71,7 @@ class Loss:
             return await work()
         except OSError as e:
             if self._is_of_tier(e):
-                raise os_error(errno.EIO, "the memory tier cannot be made anew") from e
+                raise os_error(errno.EIO, f"the memory tier lacks {e.filename}: {e.__cause__ or e}") from e
             raise
 
     def _is_of_tier(self, e: OSError) -> bool:
