@@ -14,6 +14,7 @@ from stores import memory_of, opened, wipe_memory
 
 from cascadefs.contents import streams
 from cascadefs.media import file_io
+from cascadefs.metadata.namespace import ROOT
 from cascadefs.placement import decisions
 from cascadefs.store import Store
 from cascadefs.types import Home
@@ -31,6 +32,10 @@ async def twins(store, *names, data=OLD, durable=True):
         await store.flush()
     assert len({store.find(name).oid for name in names}) == 1 and len(store.residency.memory.objects) == 1
     assert private(store) == []
+
+
+def unlink(store, name):
+    store.files.forget_if_gone(store.namespace.unlink(ROOT, name.encode()).ino)
 
 
 def private(store):
@@ -434,4 +439,26 @@ async def test_a_parked_copy_that_the_kernel_has_open_outlives_a_worker(slow_sea
     os.close(kernels)
     store.residency.tidy_later()
     assert not os.listdir(parked)
+    store.close()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_an_inode_with_a_private_file_is_not_taken_for_the_owner_after_a_takeover(slow_seal, durable):
+    """It is the only one that shows the object, and its readers have another file than the object's copy."""
+    async with opened(slow_seal) as store:
+        await twins(store, "a", "b", durable=durable)
+        first, second = await read(store, "a"), await read(store, "b")
+        kernels = os.fstat(second.source.fd).st_ino
+        assert private(store) == [second.ino]
+        store.files.release(first)
+        unlink(store, "a")
+    store, (inherited,) = successor(slow_seal, [second])
+    assert os.fstat(inherited.source.fd).st_ino == kernels
+    await store.put("c", OLD)
+    await store.info(store.find("c").ino)
+    third = await read(store, "c")
+    assert seen(third) == OLD and private(store) == [second.ino]
+    await overwrite(store, "b")
+    assert seen(inherited) == b"NEW" + OLD[3:] and os.fstat(inherited.source.fd).st_ino == kernels
+    assert seen(third) == OLD
     store.close()

@@ -113,7 +113,7 @@ class Owners:
         if (owned := self._owned.get(found.digest)) is not None:
             return owned.ino
         inos = self._index.inodes_of(found.oid, 2) if self._inherited else []
-        return inos[0] if len(inos) == 1 else None
+        return inos[0] if len(inos) == 1 and inos[0] not in self._private else None
 
     def _is_free(self, found: Object, tier: FileTier) -> bool:
         return self._sources.of_object(found.digest) is None and not is_used(tier.object_path(found.digest))
