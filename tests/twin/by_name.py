@@ -158,6 +158,7 @@ class ByName(Choosing):
         pick = draw(PICK)
         size = draw(st.sampled_from([*SIZES, BIG, -1, 1 << 40]))
         path = self.file(pick) if pick % 4 else self.name(pick)
+        self.sides.expect_same_size(path, size)
         self.did("truncate", path, lambda side: os.truncate(self.sides.at(side, path), size))
         if size == 1 << 40:
             self.sides.both("truncate", lambda side: os.truncate(self.sides.at(side, path), 5))

@@ -153,6 +153,16 @@ class Sides:
         self.both(f"lstat({path!r})", lambda side: self._attributes(os.lstat(self.at(side, path)), path))
         self.both(f"xattrs of {path!r}", lambda side: calls.extended(self.at(side, path)))
 
+    def expect_same_size(self, path: str, size: int) -> None:
+        """A file is about to be cut to a size. To its own, that moves times where it has blocks: a hole that was read through a
+        mapping has some on tmpfs, and none here, so its mtime is free from then on."""
+        try:
+            mount, judge = (os.stat(self.at(side, path)) for side in (MOUNT, JUDGE))
+        except OSError:
+            return
+        if judge.st_size == size and bool(mount.st_blocks) != bool(judge.st_blocks):
+            self.hazy.add(judge.st_ino)
+
     def compare_handle(self, opened: Opened) -> None:
         """Attributes by descriptor."""
         self.both(f"fstat of {opened.path!r}", lambda side: self._attributes(os.fstat(opened.fds[side]), opened.ino))
