@@ -20,8 +20,8 @@ _FIRST_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 
 def without_set_id(mode: int, outside: bool = False) -> int:
     """`mode` as a change of content or owner leaves it: no set-user-id; no set-group-id where the group may execute, or where
-    whoever changes it stands `outside` the group."""
-    if not stat.S_ISREG(mode):
+    whoever changes it stands `outside` the group. Of folders they mean something else and stay."""
+    if stat.S_ISDIR(mode):
         return mode
     return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP or outside else 0))
 

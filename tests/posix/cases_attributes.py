@@ -108,6 +108,18 @@ def chown_sets_one_or_both(path: Path) -> None:
 
 
 @case
+def chown_takes_set_id_of_all_but_folders(path: Path) -> None:
+    os.mkfifo(path / "pipe")
+    os.mknod(path / "socket", stat.S_IFSOCK | 0o600)
+    (path / "file").touch()
+    (path / "folder").mkdir()
+    for name in ("pipe", "socket", "file", "folder"):
+        os.chmod(path / name, 0o6755)
+        os.chown(path / name, 1, -1)
+        assert mode_of(path / name) == (0o6755 if name == "folder" else 0o755), name
+
+
+@case
 def lchown_changes_the_link_alone(path: Path) -> None:
     (path / "file").touch()
     os.symlink("file", path / "link")
